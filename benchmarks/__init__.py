@@ -1,0 +1,1 @@
+"""Remakes the figures of the documentation: ``python -m benchmarks --help``. README.md lists the commands."""

@@ -1,0 +1,345 @@
+"""One implementation of an algorithm in a process of its own, which obeys JSON lines on its standard input.
+
+``python -m benchmarks.workers ours|d3rlpy|tianshou|arithmetic`` runs in the virtual environment of that implementation, so
+this file needs no more than numpy and what the contender imports in its constructor. A contender has
+
+- ``__init__(spec)``, with the keys of ``spec`` as :func:`benchmarks.cases.Case.spec` gives them and ``data``, an npz file,
+- ``update(n)``: n gradient updates, each on a fresh batch,
+- ``predict(observations)``: actions, one for each observation, Box actions in [-1, 1].
+"""
+
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+# Candidate actions of continuous BCQ, in the target and when acting; d3rlpy has one number for both
+TARGET_CANDIDATES, ACTING_CANDIDATES = 10, 100
+
+
+def load(spec: dict[str, Any]) -> dict[str, np.ndarray]:
+    """
+    :param spec: Its ``data`` is an npz file
+    :return: ``observations``, ``actions``, ``rewards``, ``next_observations``, ``terminals``, ``timeouts``: one row per
+        transition, episode after episode
+    """
+    with np.load(spec["data"]) as file:
+        return dict(file)
+
+
+class Ours:
+    """BCQ of this package, driven by ``learn``, as by every user."""
+
+    packages = ("sb3-ext", "stable-baselines3", "torch")
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import gymnasium as gym
+        import torch as th
+
+        import sb3_ext
+
+        class Spaces(gym.Env):
+            """An environment that nobody acts in."""
+
+            observation_space = gym.spaces.Box(-np.inf, np.inf, spec["observation_shape"], np.float32)
+            action_space = gym.spaces.Box(-1.0, 1.0, (spec["n_actions"],), np.float32)
+
+            def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+                return np.zeros(self.observation_space.shape, self.observation_space.dtype), {}
+
+        if spec["discrete"]:
+            Spaces.action_space = gym.spaces.Discrete(spec["n_actions"])
+        if spec["image"]:
+            Spaces.observation_space = gym.spaces.Box(0, 255, spec["observation_shape"], np.uint8)
+        th.set_num_threads(spec["threads"])
+        self.model = getattr(sb3_ext, spec["algo"].upper())(
+            "CnnPolicy" if spec["image"] else "MlpPolicy",
+            Spaces(),
+            dataset=spec.get("dataset") or replay_buffer(load(spec), Spaces.observation_space, Spaces.action_space),
+            learning_rate=spec["learning_rate"],
+            batch_size=spec["batch_size"],
+            seed=spec["seed"],
+            device="cpu",
+            **spec["ours"],
+        )
+
+    def update(self, n: int) -> None:
+        self.model.learn(n, reset_num_timesteps=False)
+
+    def predict(self, observations: np.ndarray) -> np.ndarray:
+        return self.model.predict(observations, deterministic=True)[0]
+
+
+def replay_buffer(data: dict[str, np.ndarray], observation_space: Any, action_space: Any) -> Any:
+    """
+    :param data: See :func:`load`, with Box actions in [-1, 1], as SB3's buffers keep them
+    :return: SB3's ReplayBuffer, full
+    """
+    from stable_baselines3.common.buffers import ReplayBuffer
+
+    n = len(data["rewards"])
+    buffer = ReplayBuffer(n, observation_space, action_space, device="cpu")
+    buffer.observations[:, 0], buffer.next_observations[:, 0] = data["observations"], data["next_observations"]
+    buffer.actions[:, 0] = data["actions"].reshape(n, -1)
+    buffer.rewards[:, 0], buffer.timeouts[:, 0] = data["rewards"], data["timeouts"]
+    buffer.dones[:, 0] = data["terminals"] | data["timeouts"]
+    buffer.full = True
+    return buffer
+
+
+class D3rlpy:
+    """https://github.com/takuseno/d3rlpy, driven by ``update(sample_transition_batch())``: without the logs of ``fit``."""
+
+    packages = ("d3rlpy", "torch")
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import d3rlpy
+        import torch as th
+
+        th.set_num_threads(spec["threads"])
+        d3rlpy.seed(spec["seed"])
+        data, common = load(spec), {"batch_size": spec["batch_size"]}
+        space = d3rlpy.constants.ActionSpace.DISCRETE if spec["discrete"] else d3rlpy.constants.ActionSpace.CONTINUOUS
+        self.batch_size, self.continuous = spec["batch_size"], not spec["discrete"]
+        self.buffer = d3rlpy.dataset.MDPDataset(
+            data["observations"],
+            data["actions"].reshape(len(data["rewards"]), -1),
+            data["rewards"],
+            data["terminals"].astype(np.float32),
+            data["timeouts"].astype(np.float32),
+            action_space=space,
+            action_size=spec["n_actions"],
+        )
+        encoder = d3rlpy.models.VectorEncoderFactory
+        rate = spec["learning_rate"]
+        if self.continuous:
+            config = d3rlpy.algos.BCQConfig(
+                **common,
+                actor_learning_rate=rate,
+                critic_learning_rate=rate,
+                imitator_learning_rate=rate,
+                actor_encoder_factory=encoder([400, 300]),
+                critic_encoder_factory=encoder([400, 300]),
+                imitator_encoder_factory=encoder([750, 750]),
+                n_action_samples=TARGET_CANDIDATES,
+            )
+        elif spec["image"]:
+            scaler = d3rlpy.preprocessing.PixelObservationScaler()
+            config = d3rlpy.algos.DiscreteBCQConfig(**common, learning_rate=rate, observation_scaler=scaler)
+        else:
+            config = d3rlpy.algos.DiscreteBCQConfig(**common, learning_rate=rate, encoder_factory=encoder([256, 256]))
+        self.algo = config.create(device="cpu:0")
+        self.algo.create_impl(tuple(spec["observation_shape"]), spec["n_actions"])
+
+    def update(self, n: int) -> None:
+        for _ in range(n):
+            self.algo.update(self.buffer.sample_transition_batch(self.batch_size))
+
+    def predict(self, observations: np.ndarray) -> np.ndarray:
+        if self.continuous:
+            self.algo.impl._n_action_samples = ACTING_CANDIDATES
+        actions = self.algo.predict(observations)
+        if self.continuous:
+            self.algo.impl._n_action_samples = TARGET_CANDIDATES
+        return actions
+
+
+class Tianshou:
+    """https://github.com/thu-ml/tianshou, networks as in its examples/offline, driven by ``algorithm.update``."""
+
+    packages = ("tianshou", "torch")
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import gymnasium as gym
+        import torch as th
+        from tianshou.algorithm.optim import AdamOptimizerFactory
+        from tianshou.data import ReplayBuffer
+
+        th.set_num_threads(spec["threads"])
+        th.manual_seed(spec["seed"])
+        np.random.seed(spec["seed"])
+        self.batch_size, self.discrete = spec["batch_size"], spec["discrete"]
+        n_actions, optim = spec["n_actions"], AdamOptimizerFactory(lr=spec["learning_rate"])
+        data = load(spec)
+        # BCQ takes `done` for terminal: with the time limits in it, it would learn that episodes are short
+        self.buffer = ReplayBuffer.from_data(
+            obs=data["observations"],
+            act=data["actions"],
+            rew=data["rewards"],
+            terminated=data["terminals"],
+            truncated=data["timeouts"],
+            done=data["terminals"],
+            obs_next=data["next_observations"],
+        )
+        action_space = gym.spaces.Discrete(n_actions) if self.discrete else gym.spaces.Box(-1.0, 1.0, (n_actions,))
+        build = self._discrete if self.discrete else self._continuous
+        self.algorithm = build(spec["observation_shape"], n_actions, action_space, optim)
+
+    def _continuous(self, shape: list[int], n_actions: int, action_space: Any, optim: Any) -> Any:
+        from tianshou.algorithm.imitation.bcq import BCQ, BCQPolicy
+        from tianshou.utils.net.common import MLP, Net
+        from tianshou.utils.net.continuous import VAE, ContinuousCritic, Perturbation
+
+        n_inputs, latent_dim = shape[0] + n_actions, 2 * n_actions
+        residual = MLP(input_dim=n_inputs, output_dim=n_actions, hidden_sizes=[400, 300])
+        critics = [
+            ContinuousCritic(
+                preprocess_net=Net(state_shape=shape, action_shape=n_actions, hidden_sizes=[400, 300], concat=True)
+            )
+            for _ in range(2)
+        ]
+        vae = VAE(
+            encoder=MLP(input_dim=n_inputs, hidden_sizes=[750, 750]),
+            decoder=MLP(input_dim=shape[0] + latent_dim, output_dim=n_actions, hidden_sizes=[750, 750]),
+            hidden_dim=750,
+            latent_dim=latent_dim,
+            max_action=1.0,
+        )
+        policy = BCQPolicy(
+            # Perturbation takes the first of what its network returns
+            actor_perturbation=Perturbation(preprocess_net=_first(residual), max_action=1.0, phi=0.05),
+            critic=critics[0],
+            vae=vae,
+            action_space=action_space,
+            forward_sampled_times=ACTING_CANDIDATES,
+        )
+        return BCQ(
+            policy=policy,
+            actor_perturbation_optim=optim,
+            critic_optim=optim,
+            vae_optim=optim,
+            critic2=critics[1],
+            num_sampled_action=TARGET_CANDIDATES,
+        )
+
+    def _discrete(self, shape: list[int], n_actions: int, action_space: Any, optim: Any) -> Any:
+        from tianshou.algorithm.imitation.discrete_bcq import DiscreteBCQ, DiscreteBCQPolicy
+        from tianshou.env.atari.atari_network import DQNet, ScaledObsInputActionReprNet
+        from tianshou.utils.net.common import Net
+        from tianshou.utils.net.discrete import DiscreteActor
+
+        if len(shape) == 3:
+            features = ScaledObsInputActionReprNet(DQNet(*shape, action_shape=n_actions, features_only=True))
+            model, imitator = (
+                DiscreteActor(preprocess_net=features, action_shape=n_actions, hidden_sizes=[512], softmax_output=False)
+                for _ in range(2)
+            )
+        else:
+            model, imitator = (
+                Net(state_shape=shape, action_shape=n_actions, hidden_sizes=[256, 256]) for _ in range(2)
+            )
+        policy = DiscreteBCQPolicy(model=model, imitator=imitator, action_space=action_space)
+        return DiscreteBCQ(policy=policy, optim=optim)
+
+    def update(self, n: int) -> None:
+        from tianshou.algorithm.algorithm_base import policy_within_training_step
+
+        with policy_within_training_step(self.algorithm.policy):
+            for _ in range(n):
+                self.algorithm.update(buffer=self.buffer, sample_size=self.batch_size)
+
+    def predict(self, observations: np.ndarray) -> np.ndarray:
+        import torch as th
+        from tianshou.data import Batch
+
+        with th.no_grad():
+            actions = self.algorithm.policy(Batch(obs=observations, info=None)).act
+        return np.asarray(actions)
+
+
+def _first(network: Any) -> Any:
+    from torch import nn
+
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, inputs: Any) -> tuple[Any, None]:
+            return self.network(inputs), None
+
+    return First()
+
+
+class Arithmetic:
+    """The matrix products of one update of a case, and nothing else: what the machine allows."""
+
+    packages = ("torch",)
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import torch as th
+
+        th.set_num_threads(spec["threads"])
+        self.mm = th.mm
+        self.factors = [(th.randn(m, k), th.randn(k, n), th.empty(m, n)) for m, k, n in spec["products"]]
+
+    def update(self, n: int) -> None:
+        for _ in range(n):
+            for left, right, product in self.factors:
+                self.mm(left, right, out=product)
+
+    def predict(self, observations: np.ndarray) -> np.ndarray:
+        raise NotImplementedError
+
+
+CONTENDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    "ours": Ours,
+    "d3rlpy": D3rlpy,
+    "tianshou": Tianshou,
+    "arithmetic": Arithmetic,
+}
+
+
+def peak_memory() -> int:
+    """:return: Largest resident size of this process so far (VmHWM) in bytes"""
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) * 1024 for line in status if line.startswith("VmHWM"))
+
+
+def serve(name: str) -> None:
+    """
+    Answer each line of standard input by one line: ``build`` (with ``spec``), ``update`` and ``act`` (with ``n``; seconds),
+    ``predict`` (with ``observations``), ``peak`` (bytes).
+
+    :param name: A key of ``CONTENDERS``
+    """
+    # Libraries print; what they print must not be taken for an answer
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    contender: Any = None
+    observations = np.zeros(0)
+    for line in sys.stdin:
+        request = json.loads(line)
+        verb = request["verb"]
+        answer: dict[str, Any] = {}
+        if verb == "build":
+            contender_class: Any = CONTENDERS[name]
+            contender = contender_class(request["spec"])
+            versions = {package: importlib.metadata.version(package) for package in contender_class.packages}
+            answer["versions"] = {"python": platform.python_version(), **versions}
+            if "act_batch" in request["spec"]:
+                observations = load(request["spec"])["observations"][: request["spec"]["act_batch"]]
+        elif verb == "predict":
+            dtype = np.uint8 if request.get("image") else np.float32
+            answer["actions"] = contender.predict(np.array(request["observations"], dtype=dtype)).tolist()
+        elif verb == "peak":
+            answer["bytes"] = peak_memory()
+        else:
+            begin = time.perf_counter()
+            if verb == "update":
+                contender.update(request["n"])
+            else:
+                for _ in range(request["n"]):
+                    contender.predict(observations)
+            answer["seconds"] = time.perf_counter() - begin
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    serve(sys.argv[1])

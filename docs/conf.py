@@ -1,0 +1,14 @@
+"""Sphinx configuration."""
+
+from importlib.metadata import version as installed_version
+
+project = "sb3-ext"
+author = "sb3-ext contributors"
+release = installed_version("sb3-ext")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+myst_enable_extensions = ["dollarmath"]
+myst_heading_anchors = 3
+autodoc_typehints = "none"
+html_theme = "furo"
+exclude_patterns = ["_build"]

@@ -1,0 +1,28 @@
+"""Algorithms missing from Stable-Baselines3 and SB3-Contrib, registered with the RL Zoo.
+
+Importing it costs nothing: names are looked up when they are asked for.
+"""
+
+from importlib import import_module
+from importlib.resources import files
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sb3_ext.algos.bcq import BCQ
+    from sb3_ext.common.offline_algorithm import OfflineAlgorithm
+
+__all__ = ["BCQ", "OfflineAlgorithm", "__version__"]
+
+_MODULES = {"BCQ": "sb3_ext.algos.bcq", "OfflineAlgorithm": "sb3_ext.common.offline_algorithm"}
+
+
+def __getattr__(name: str) -> object:
+    if name == "__version__":
+        return files(__name__).joinpath("version.txt").read_text().strip()
+    if name in _MODULES:
+        return getattr(import_module(_MODULES[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

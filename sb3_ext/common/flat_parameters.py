@@ -1,0 +1,103 @@
+"""Network parameters as views of one contiguous tensor."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any
+
+import torch as th
+from torch import nn
+
+
+class FlatParameters:
+    """
+    The parameters of one or more modules, laid out as views of a single contiguous tensor.
+
+    A small network spends most of an update on the overhead of one kernel per parameter. With this layout the
+    optimizer step, the Polyak step and the gradient norm are one kernel each, whatever the number of layers.
+    The modules go on working as usual: ``state_dict``, ``load_state_dict`` and in-place initialization write through
+    the views. ``bind`` must be called again after anything that replaces the parameters' storage, such as ``.to()``;
+    :class:`FlatParametersMixin` does that for policies.
+
+    Kernels of convolutions are laid out channels-last, which is what makes convolutions on CPU faster.
+
+    :param modules: Modules whose parameters are taken over, in this order; a parameter that occurs twice is taken once.
+    :raises ValueError: if the modules have no parameters or parameters of several types or devices.
+    """
+
+    def __init__(self, *modules: nn.Module) -> None:
+        self.params = list(dict.fromkeys(param for module in modules for param in module.parameters()))
+        if len({(param.dtype, param.device) for param in self.params}) != 1:
+            raise ValueError("FlatParameters needs modules whose parameters share one dtype and one device.")
+        # The leaf that the optimizer sees. It is no part of any module: the modules' own parameters are what is saved.
+        self.tensor = nn.Parameter(th.empty(0, dtype=self.params[0].dtype))
+        self.bind()
+
+    def bind(self) -> None:
+        """Copy the parameters' current values into one new tensor and make the parameters views of it."""
+        self.tensor.grad = None
+        self.tensor.data = th.cat([_in_memory_order(param.data).reshape(-1) for param in self.params])
+        start = 0
+        for param in self.params:
+            end = start + param.numel()
+            view = self.tensor.data[start:end].view(_in_memory_order(param.data).shape)
+            param.data = view.permute(0, 3, 1, 2) if param.dim() == 4 else view
+            start = end
+
+    def backward(self, loss: th.Tensor) -> None:
+        """
+        Compute the gradient of a loss with respect to these parameters, and to no others.
+
+        :param loss: Scalar. A parameter on which it does not depend gets a gradient of zero.
+        """
+        grads = th.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+        if self.tensor.grad is None:
+            self.tensor.grad = th.empty_like(self.tensor)
+        th.cat([_in_memory_order(grad).reshape(-1) for grad in grads], out=self.tensor.grad)
+
+    def minimize(self, loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
+        """
+        One step of gradient descent.
+
+        :param loss: Scalar
+        :param optimizer: Optimizer over ``self.tensor``
+        """
+        self.backward(loss)
+        optimizer.step()
+
+    def polyak_update(self, online: FlatParameters, tau: float) -> None:
+        """
+        Move these (target) parameters towards the online ones: ``target <- (1 - tau) * target + tau * online``.
+
+        :param online: Its first parameters must be the counterparts of these ones, in the same order.
+        :param tau: Between 0 (no change) and 1 (copy)
+        """
+        self.tensor.data.lerp_(online.tensor.data[: self.tensor.numel()], tau)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FlatParameters:
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied.params = deepcopy(self.params, memo)
+        copied.tensor = deepcopy(self.tensor, memo)
+        # Parameters are copied one by one, each into memory of its own
+        copied.bind()
+        return copied
+
+
+class FlatParametersMixin(nn.Module):
+    """
+    Policy mixin: keeps the :class:`FlatParameters` among a module's attributes valid when the module is moved to
+    another device or type.
+    """
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        for attribute in vars(self).values():
+            if isinstance(attribute, FlatParameters):
+                attribute.bind()
+        return self
+
+
+def _in_memory_order(tensor: th.Tensor) -> th.Tensor:
+    """Kernels of convolutions as (out, height, width, in), everything else as it is."""
+    return tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor

@@ -1,0 +1,88 @@
+"""Where data sets are found: Minari's local folder and those shipped with this package."""
+
+import os
+from pathlib import Path
+
+import gymnasium as gym
+from gymnasium import spaces
+
+from sb3_ext.offline.errors import CorruptDatasetError, DatasetNotFoundError
+
+SHIPPED_ROOT = Path(__file__).parent / "datasets"
+METADATA = Path("data", "metadata.json")
+
+
+def local_root() -> Path:
+    """
+    :return: the folder in which Minari keeps data sets: ``$MINARI_DATASETS_PATH`` or ``~/.minari/datasets``
+    """
+    # minari.storage.get_dataset_path would also create the folder, which fails in a read-only home
+    return Path(os.environ.get("MINARI_DATASETS_PATH") or Path.home() / ".minari" / "datasets")
+
+
+def list_ids(root: Path) -> list[str]:
+    """
+    :param root: a folder of Minari data sets
+    :return: the ids of the data sets in it, sorted
+    """
+    folders = (path.parent.parent.relative_to(root) for path in root.rglob(str(METADATA)))
+    return sorted(folder.as_posix() for folder in folders if not any(part.startswith(".") for part in folder.parts))
+
+
+def find_folder(source: str | Path, env_id: str | None) -> Path:
+    """
+    :param source: id, or path of a data set's folder (or of the ``data`` folder in it)
+    :param env_id: environment for which the message says how to make a data set
+    :return: the folder that contains ``metadata.json``
+    :raises DatasetNotFoundError: when there is none
+    :raises CorruptDatasetError: when the folder lacks its metadata
+    """
+    if str(source):
+        for root in (Path(), local_root(), SHIPPED_ROOT):
+            for data in (root / source / METADATA.parent, root / source):
+                if (data / METADATA.name).is_file():
+                    return data
+                if (data / "main_data.hdf5").is_file():
+                    raise CorruptDatasetError(f"The data set {data} has no {METADATA.name}: it is incomplete. Make it again.")
+    raise not_found(source, env_id)
+
+
+def not_found(source: object, env_id: str | None) -> DatasetNotFoundError:
+    """
+    :param source: what was asked for; None for nothing
+    :param env_id: environment for which the message says how to make a data set
+    :return: the error, listing what exists and the commands that make a data set
+    """
+    asked = "No data set was given."
+    if source is not None:
+        asked = f"There is no data set with the id '{source}', and no folder or file of this name."
+    local, shipped = list_ids(local_root()), list_ids(SHIPPED_ROOT)
+    return DatasetNotFoundError(
+        f"{asked}\n"
+        f"Data sets in {local_root()}: {', '.join(local) or 'none'}\n"
+        f"Data sets that come with sb3-ext: {', '.join(shipped) or 'none'}\n"
+        f"To make one:\n{making_commands(env_id or 'CartPole-v1')}"
+    )
+
+
+def making_commands(env_id: str) -> str:
+    """
+    :param env_id: id of a registered environment
+    :return: the commands that train an agent, record its episodes, and train on them
+    """
+    continuous = env_id in gym.registry and isinstance(_action_space(env_id), spaces.Box)
+    algo = "sac" if continuous else "ppo"
+    dataset_id = f"{env_id.split(':')[-1]}/{algo}-v0"
+    return (
+        f"  python -m rl_zoo3.train --algo {algo} --env {env_id} -f logs\n"
+        f"  python -m sb3_ext.offline.collect --algo {algo} --env {env_id} -f logs --n-episodes 500 "
+        f"--dataset-id {dataset_id}\n"
+        f"and then to train on it:\n"
+        f"  python -m rl_zoo3.train --algo bcq --env {env_id} -params dataset:\"'{dataset_id}'\""
+    )
+
+
+def _action_space(env_id: str) -> spaces.Space:
+    env = gym.make(env_id)
+    env.close()
+    return env.action_space

@@ -1,0 +1,162 @@
+"""What is done to the modules of rl-zoo3 and of its Hub integration once they are imported.
+
+Two things: our algorithms are added, and gaps that stop the zoo's commands are closed. Each patch takes the module, leaves
+alone what upstream provides itself, and says which gap it is there for, so that it can go when the gap has gone.
+"""
+
+import functools
+import inspect
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.resources import files
+from pathlib import Path
+from pkgutil import resolve_name
+from typing import Any, NoReturn
+
+from sb3_ext.zoo.registry import ALGORITHMS
+
+
+def register_classes(utils: Any) -> None:
+    """``--algo``: all modules of the zoo share this one dict, so it is changed, never rebound."""
+    for algorithm in ALGORITHMS:
+        if algorithm.key not in utils.ALGOS:
+            utils.ALGOS[algorithm.key] = resolve_name(algorithm.class_path)
+
+
+def register_search_spaces(hyperparams_opt: Any) -> None:
+    """``-optimize`` and ``--trial-id``."""
+    for algorithm in ALGORITHMS:
+        if algorithm.key not in hyperparams_opt.HYPERPARAMS_SAMPLER:
+            hyperparams_opt.HYPERPARAMS_SAMPLER[algorithm.key] = resolve_name(algorithm.sampler)
+            hyperparams_opt.HYPERPARAMS_CONVERTER[algorithm.key] = resolve_name(algorithm.converter)
+
+
+def find_own_hyperparameters(exp_manager: Any) -> None:
+    """Without ``--conf-file`` the zoo looks for ``<algo>.yml`` among its own files only."""
+    original = exp_manager.ExperimentManager.__init__
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, *args, **kwargs)
+        chosen = signature.bind(self, *args, **kwargs).arguments.get("config")
+        own = files("sb3_ext.hyperparams").joinpath(f"{self.algo}.yml")
+        if not chosen and not os.path.isfile(self.config) and own.is_file():
+            self.config = str(own)
+
+    exp_manager.ExperimentManager.__init__ = init
+
+
+def report_unusable_data(exp_manager: Any) -> None:
+    """A data set that cannot be used is the user's to mend: a message and an exit status, no traceback."""
+    from optuna.trial import Trial, TrialState
+
+    from sb3_ext.offline.errors import DatasetError
+
+    manager = exp_manager.ExperimentManager
+    setup_experiment, objective = manager.setup_experiment, manager.objective
+
+    def leave(error: DatasetError) -> NoReturn:
+        print(f"sb3-ext: error: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_status)
+
+    @functools.wraps(setup_experiment)
+    def setup_or_leave(self: Any) -> Any:
+        try:
+            return setup_experiment(self)
+        except DatasetError as error:
+            leave(error)
+
+    @functools.wraps(objective)
+    def evaluate_or_leave(self: Any, trial: Trial) -> float:
+        try:
+            return objective(self, trial)
+        except DatasetError as error:
+            # Optuna ends trials for exceptions only, and SystemExit is none: without this the trial would run forever
+            trial.study.tell(trial, state=TrialState.FAIL)
+            leave(error)
+
+    manager.setup_experiment, manager.objective = setup_or_leave, evaluate_or_leave
+
+
+def supply_generate_metadata(push_to_hub: Any) -> None:
+    """``rl_zoo3.push_to_hub`` wants this name, for a dict; sb3-team-hf-integration 3 made it private and returns an object."""
+    if not hasattr(push_to_hub, "generate_metadata"):
+        push_to_hub.generate_metadata = lambda *args: push_to_hub._generate_metadata(*args).to_dict()
+
+
+@contextmanager
+def ffmpeg_on_path() -> Iterator[None]:
+    """While it is open, the command ``ffmpeg`` exists: the system's, or else the binary that imageio-ffmpeg brings."""
+    if shutil.which("ffmpeg"):
+        yield
+        return
+    from imageio_ffmpeg import get_ffmpeg_exe
+
+    binary = Path(get_ffmpeg_exe())
+    path = os.environ.get("PATH", "")
+    with tempfile.TemporaryDirectory() as folder:
+        # A copy, because symbolic links need rights on Windows
+        shutil.copy(binary, Path(folder, "ffmpeg" + binary.suffix))
+        os.environ["PATH"] = folder + os.pathsep + path
+        try:
+            yield
+        finally:
+            os.environ["PATH"] = path
+
+
+def find_ffmpeg(push_to_hub: Any) -> None:
+    """The replay video is converted by the command ``ffmpeg``, and when there is none the model goes up without its video."""
+    original = push_to_hub._generate_replay
+
+    @functools.wraps(original)
+    def generate_replay(*args: Any, **kwargs: Any) -> None:
+        with ffmpeg_on_path():
+            original(*args, **kwargs)
+
+    push_to_hub._generate_replay = generate_replay
+
+
+def raise_error_of_requests(load_from_hub: Any) -> None:
+    """
+    ``rl_zoo3.load_from_hub`` takes an ``HTTPError`` of requests for "no such file", for agents trained without VecNormalize;
+    huggingface_hub has left requests, so that downloading any of those ends in a traceback.
+    """
+    from huggingface_hub.errors import EntryNotFoundError
+    from requests.exceptions import HTTPError
+
+    original = load_from_hub.load_from_hub
+
+    @functools.wraps(original)
+    def download(*args: Any, **kwargs: Any) -> str:
+        try:
+            return original(*args, **kwargs)
+        except EntryNotFoundError as error:
+            raise HTTPError(str(error)) from error
+
+    load_from_hub.load_from_hub = download
+
+
+PATCHES: dict[str, tuple[Callable[[Any], None], ...]] = {
+    "huggingface_sb3.load_from_hub": (raise_error_of_requests,),
+    "huggingface_sb3.push_to_hub": (supply_generate_metadata, find_ffmpeg),
+    "rl_zoo3.exp_manager": (find_own_hyperparameters, report_unusable_data),
+    "rl_zoo3.hyperparams_opt": (register_search_spaces,),
+    "rl_zoo3.utils": (register_classes,),
+}
+
+
+def apply(module: Any) -> None:
+    """
+    Patch a module of the zoo. Doing it again changes nothing.
+
+    :param module: One of the modules named in ``PATCHES``
+    """
+    if not hasattr(module, "_patched_by_sb3_ext"):
+        for patch in PATCHES[module.__name__]:
+            patch(module)
+        module._patched_by_sb3_ext = True

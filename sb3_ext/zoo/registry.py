@@ -1,0 +1,31 @@
+"""The one table of the algorithms that the RL Zoo gets from this package."""
+
+from typing import NamedTuple
+
+
+class Algorithm(NamedTuple):
+    """
+    One algorithm of the zoo. Whatever has to be imported is named as ``module:name``, so that reading the table costs nothing.
+
+    :param key: What ``--algo`` is given; also the name of the hyperparameter file, ``hyperparams/<key>.yml``
+    :param class_path: The algorithm, a subclass of SB3's ``BaseAlgorithm``
+    :param sampler: Draws the hyperparameters of an Optuna trial:
+        ``sampler(trial, n_actions, n_envs, additional_args) -> hyperparameters``
+    :param converter: Turns the stored parameters of a trial into hyperparameters, for ``--trial-id``:
+        ``converter(sampled_params) -> hyperparameters``
+    """
+
+    key: str
+    class_path: str
+    sampler: str
+    converter: str
+
+
+ALGORITHMS = (
+    Algorithm(
+        "bcq",
+        "sb3_ext.algos.bcq:BCQ",
+        "sb3_ext.zoo.search_spaces:sample_bcq_params",
+        "rl_zoo3.hyperparams_opt:convert_offpolicy_params",
+    ),
+)

@@ -1,0 +1,39 @@
+"""The Optuna search spaces of this package's algorithms, in the form of ``rl_zoo3.hyperparams_opt``."""
+
+from typing import Any
+
+import optuna
+from rl_zoo3.hyperparams_opt import convert_offpolicy_params
+
+
+def sample_bcq_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    Sampler for BCQ hyperparams.
+
+    :param trial: The trial to draw for
+    :param n_actions: Number of action dimensions, 0 if actions are discrete
+    :param n_envs: Number of parallel environments (unused: the data are fixed)
+    :param additional_args: Unused
+    :return: Keyword arguments of BCQ
+    """
+    one_minus_gamma = trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True)
+    # From 2**5=32 to 2**9=512
+    batch_size_pow = trial.suggest_int("batch_size_pow", 5, 9)
+    sampled_params = {
+        "one_minus_gamma": one_minus_gamma,
+        "batch_size_pow": batch_size_pow,
+        "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.002, log=True),
+        # Polyak coeff
+        "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
+        "net_arch": trial.suggest_categorical("net_arch", ["small", "medium", "big"]),
+    }
+    # How far the policy may leave the data
+    if n_actions == 0:
+        sampled_params["action_threshold"] = trial.suggest_float("action_threshold", 0.0, 0.9)
+    else:
+        sampled_params["perturbation_scale"] = trial.suggest_float("perturbation_scale", 0.0, 0.2)
+
+    # Display true values
+    trial.set_user_attr("gamma", 1 - one_minus_gamma)
+    trial.set_user_attr("batch_size", 2**batch_size_pow)
+    return convert_offpolicy_params(sampled_params)

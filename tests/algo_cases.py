@@ -1,0 +1,119 @@
+"""
+The list of test cases that every algorithm joins with one line; ``test_algos.py`` runs all of its tests on each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.envs import FakeImageEnv, IdentityEnv, IdentityEnvBox, SimpleMultiObsEnv
+from stable_baselines3.common.vec_env import VecEnv
+
+from sb3_ext import BCQ
+from sb3_ext.common.offline_algorithm import OfflineAlgorithm
+
+
+@dataclass(frozen=True)
+class AlgoCase:
+    """
+    What the shared tests need to know of an algorithm with a kind of action.
+
+    :param algo: The algorithm
+    :param actions: ``spaces.Box`` or ``spaces.Discrete``
+    :param kwargs: Constructor arguments that make the algorithm small and quick
+    :param log_keys: Keys that must be in the log
+    """
+
+    algo: type[BaseAlgorithm]
+    actions: type[spaces.Space]
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    log_keys: frozenset[str] = frozenset()
+
+    def __str__(self) -> str:
+        return f"{self.algo.__name__}-{self.actions.__name__}"
+
+    def make(self, env: gym.Env | VecEnv, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
+        kwargs = {"seed": 0, "device": "cpu", **self.kwargs, **kwargs}
+        model_env = self.algo._wrap_env(env)
+        if issubclass(self.algo, OfflineAlgorithm):
+            kwargs.setdefault("dataset", random_replay_buffer(model_env))
+        return self.algo(policy, model_env, **kwargs)
+
+    def vector_env(self) -> gym.Env:
+        """Vector observations, episodes of 20 steps that end by termination."""
+        return IdentityEnv(dim=3, ep_length=20) if self.actions is spaces.Discrete else IdentityEnvBox(ep_length=20)
+
+    def image_env(self) -> gym.Env:
+        return FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=self.actions is spaces.Discrete)
+
+    def dict_env(self) -> gym.Env:
+        return SimpleMultiObsEnv(discrete_actions=self.actions is spaces.Discrete, random_start=False)
+
+
+def random_replay_buffer(env: VecEnv, n_steps: int = 100, seed: int = 0) -> ReplayBuffer:
+    """Experience of random actions, as an SB3 replay buffer."""
+    buffer_class = DictReplayBuffer if isinstance(env.observation_space, spaces.Dict) else ReplayBuffer
+    buffer = buffer_class(n_steps * env.num_envs, env.observation_space, env.action_space, "cpu", env.num_envs)
+    rng = np.random.default_rng(seed)
+    env.seed(seed)
+    # SB3's test environments draw from their spaces
+    env.action_space.seed(seed)
+    env.observation_space.seed(seed)
+    obs = env.reset()
+    for _ in range(n_steps):
+        actions, stored_actions = _random_actions(env, rng)
+        new_obs, rewards, dones, infos = env.step(actions)
+        next_obs = _with_terminal_observations(new_obs, dones, infos)
+        buffer.add(obs, next_obs, stored_actions, rewards, dones, infos)
+        obs = new_obs
+    return buffer
+
+
+def _random_actions(env: VecEnv, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """Actions in the units of the environment, and as replay buffers hold them: scaled to [-1, 1]."""
+    space = env.action_space
+    if isinstance(space, spaces.Discrete):
+        actions = space.start + rng.integers(space.n, size=env.num_envs)
+        return actions, actions.reshape(-1, 1)
+    assert isinstance(space, spaces.Box)
+    scaled = rng.uniform(-1, 1, (env.num_envs, *space.shape)).astype(np.float32)
+    return space.low + 0.5 * (scaled + 1) * (space.high - space.low), scaled
+
+
+def _with_terminal_observations(obs: Any, dones: np.ndarray, infos: list[dict[str, Any]]) -> Any:
+    obs = {key: value.copy() for key, value in obs.items()} if isinstance(obs, dict) else obs.copy()
+    for index in np.flatnonzero(dones):
+        terminal = infos[index]["terminal_observation"]
+        if isinstance(obs, dict):
+            for key in obs:
+                obs[key][index] = terminal[key]
+        else:
+            obs[index] = terminal
+    return obs
+
+
+SMALL_BCQ_BOX = {"batch_size": 8, "policy_kwargs": {"net_arch": [16], "vae_net_arch": [16]}}
+SMALL_BCQ_DISCRETE = {"batch_size": 8, "policy_kwargs": {"net_arch": [16]}}
+BCQ_BOX_KEYS = frozenset({"train/vae_loss", "train/critic_loss", "train/perturbation_loss"})
+BCQ_DISCRETE_KEYS = frozenset({"train/q_loss", "train/imitation_loss"})
+
+CASES: list[AlgoCase] = [
+    AlgoCase(BCQ, spaces.Box, SMALL_BCQ_BOX, BCQ_BOX_KEYS),
+    AlgoCase(BCQ, spaces.Discrete, SMALL_BCQ_DISCRETE, BCQ_DISCRETE_KEYS),
+]
+
+COMMON_LOG_KEYS = frozenset({"time/fps", "time/total_timesteps", "train/learning_rate", "train/n_updates"})
+
+MakeEnv = Callable[[AlgoCase], gym.Env]
+OBSERVATIONS: dict[str, tuple[str, MakeEnv]] = {
+    "vector": ("MlpPolicy", AlgoCase.vector_env),
+    "image": ("CnnPolicy", AlgoCase.image_env),
+    "dict": ("MultiInputPolicy", AlgoCase.dict_env),
+}

@@ -1,0 +1,232 @@
+"""What SB3's users expect of every algorithm, tested on each line of ``algo_cases.CASES``."""
+
+import copy
+import io
+import zipfile
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch as th
+from algo_cases import CASES, COMMON_LOG_KEYS, OBSERVATIONS
+from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import IdentityEnvMultiDiscrete
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+
+each_case = pytest.mark.parametrize("case", CASES, ids=str)
+each_observation = pytest.mark.parametrize("observation", OBSERVATIONS)
+
+N_STEPS = 12
+
+
+def weights(model):
+    """All tensors that training changes: networks and optimizers."""
+    tensors = {}
+    for name, state in model.get_parameters().items():
+        entries = state["state"] if "param_groups" in state else {None: state}
+        tensors.update({(name, entry, key): value for entry, values in entries.items() for key, value in values.items()})
+    return tensors
+
+
+def assert_same_weights(first, second):
+    first, second = weights(first), weights(second)
+    assert first.keys() == second.keys()
+    for name in first:
+        assert th.equal(first[name], second[name]), name
+
+
+def observations(model, n=5):
+    samples = [model.observation_space.sample() for _ in range(n)]
+    if isinstance(model.observation_space, spaces.Dict):
+        return {key: np.stack([sample[key] for sample in samples]) for key in samples[0]}
+    return np.stack(samples)
+
+
+@each_case
+@each_observation
+def test_learns_saves_and_loads(case, observation, tmp_path):
+    policy, make_env = OBSERVATIONS[observation]
+    model = case.make(make_env(case), policy)
+    before = copy.deepcopy(weights(model))
+    model.learn(N_STEPS)
+    assert model.num_timesteps >= N_STEPS
+    after = weights(model)
+    assert all(th.isfinite(value).all() for value in after.values())
+    changed = [name for name, value in before.items() if not th.equal(value, after[name])]
+    assert changed
+
+    model.save(tmp_path / "model")
+    loaded = type(model).load(tmp_path / "model")
+    assert_same_weights(model, loaded)
+    obs = observations(model)
+    expected, _ = model.predict(obs, deterministic=True)
+    actions, _ = loaded.predict(obs, deterministic=True)
+    np.testing.assert_array_equal(actions, expected)
+
+
+@each_case
+def test_training_after_loading_continues_exactly(case, tmp_path):
+    env = case.vector_env()
+    whole = case.make(env)
+    whole.learn(2 * N_STEPS)
+
+    first_half = case.make(env)
+    first_half.learn(N_STEPS)
+    first_half.save(tmp_path / "model")
+    second_half = type(whole).load(tmp_path / "model", env=env, dataset=getattr(whole, "dataset", None))
+    second_half.learn(N_STEPS, reset_num_timesteps=False)
+
+    assert second_half.num_timesteps == whole.num_timesteps
+    assert_same_weights(whole, second_half)
+
+
+@each_case
+def test_seed_decides_the_result(case):
+    env = case.vector_env()
+    first, second, other = (case.make(env, seed=seed).learn(N_STEPS) for seed in (1, 1, 2))
+    assert_same_weights(first, second)
+    with pytest.raises(AssertionError):
+        assert_same_weights(first, other)
+
+
+@each_case
+def test_evaluation_during_training_does_not_change_it(case):
+    env = case.vector_env()
+    plain = case.make(env).learn(N_STEPS)
+    evaluated = case.make(env).learn(N_STEPS, callback=EvalCallback(make_vec_env(case.vector_env), eval_freq=4, verbose=0))
+    assert_same_weights(plain, evaluated)
+
+
+@each_case
+def test_unsupported_action_space_is_named(case):
+    with pytest.raises(ValueError, match=r"supports .*but got MultiDiscrete"):
+        case.algo("MlpPolicy", IdentityEnvMultiDiscrete(dim=2))
+
+
+@each_case
+def test_dict_observations_need_the_multi_input_policy(case):
+    with pytest.raises(ValueError, match="MultiInputPolicy"):
+        case.make(case.dict_env(), "MlpPolicy")
+
+
+@each_case
+def test_parallel_environments_and_reward_normalization(case):
+    env = VecNormalize(make_vec_env(case.vector_env, n_envs=3), norm_obs=False)
+    model = case.make(env)
+    model.learn(N_STEPS)
+    actions, _ = model.predict(model.env.reset(), deterministic=True)
+    assert actions.shape == (3, *model.action_space.shape)
+
+
+@each_case
+def test_callbacks_see_every_step(case, tmp_path):
+    class Count(BaseCallback):
+        def _on_training_start(self):
+            self.steps = []
+
+        def _on_step(self):
+            self.steps.append(self.num_timesteps)
+            return self.num_timesteps < N_STEPS - 2
+
+    count = Count()
+    evaluation = EvalCallback(make_vec_env(case.vector_env), eval_freq=4, n_eval_episodes=2, log_path=tmp_path, verbose=0)
+    checkpoints = CheckpointCallback(save_freq=5, save_path=tmp_path)
+    model = case.make(case.vector_env()).learn(N_STEPS, callback=[evaluation, checkpoints, count])
+    assert count.steps == list(range(1, N_STEPS - 1))
+    assert model.num_timesteps == N_STEPS - 2
+    assert np.load(tmp_path / "evaluations.npz")["timesteps"].tolist() == [4, 8]
+    assert (tmp_path / "rl_model_10_steps.zip").is_file()
+
+
+@each_case
+def test_log_has_the_documented_keys(case, tmp_path):
+    model = case.make(case.vector_env())
+    model.set_logger(configure(str(tmp_path), ["csv"]))
+    model.learn(N_STEPS, log_interval=1)
+    log = pd.read_csv(tmp_path / "progress.csv")
+    assert COMMON_LOG_KEYS | case.log_keys <= set(log.columns)
+    assert np.isfinite(log[sorted(case.log_keys)].iloc[-1]).all()
+    assert log["time/total_timesteps"].iloc[-1] == model.num_timesteps
+
+
+@each_case
+def test_tensorboard_and_progress_bar(case, tmp_path):
+    model = case.make(case.vector_env(), tensorboard_log=str(tmp_path))
+    model.learn(N_STEPS, log_interval=4, progress_bar=True)
+    assert list(tmp_path.glob(f"{case.algo.__name__}_1/events*"))
+
+
+@each_case
+def test_parameters_can_be_taken_and_given(case):
+    source, target = case.make(case.vector_env()).learn(N_STEPS), case.make(case.vector_env(), seed=5)
+    target.set_parameters(source.get_parameters())
+    assert_same_weights(source, target)
+    with pytest.raises(ValueError, match="do not match"):
+        target.set_parameters({"policy": source.get_parameters()["policy"]})
+    with pytest.raises(ValueError, match="invalid object name"):
+        target.set_parameters({"no_such_network": {}})
+    # Given parameters are the ones that are trained on
+    obs = observations(source)
+    target.learn(N_STEPS)
+    assert not all(th.equal(a, b) for a, b in zip(weights(source).values(), weights(target).values(), strict=True))
+    source.predict(obs)
+
+
+@each_case
+def test_saved_parameters_need_no_pickle(case, tmp_path):
+    case.make(case.vector_env()).learn(N_STEPS).save(tmp_path / "model")
+    with zipfile.ZipFile(tmp_path / "model.zip") as archive:
+        names = [name for name in archive.namelist() if name.endswith(".pth")]
+        assert "policy.pth" in names and len(names) > 1
+        for name in names:
+            th.load(io.BytesIO(archive.read(name)), weights_only=True)
+
+
+@each_case
+@each_observation
+def test_predict_shapes_and_range(case, observation):
+    policy, make_env = OBSERVATIONS[observation]
+    model = case.make(make_env(case), policy)
+    obs = observations(model, n=4)
+    one = {key: value[0] for key, value in obs.items()} if isinstance(obs, dict) else obs[0]
+    for deterministic in (True, False):
+        batch, state = model.predict(obs, deterministic=deterministic)
+        single, _ = model.predict(one, deterministic=deterministic)
+        assert state is None
+        assert batch.shape == (4, *model.action_space.shape)
+        assert single.shape == model.action_space.shape
+        assert all(model.action_space.contains(action) for action in batch)
+    # A batch is acted on as its rows would be, and deterministic means the same again
+    np.testing.assert_allclose(model.predict(obs, deterministic=True)[0][0], model.predict(one, deterministic=True)[0], 1e-4)
+    np.testing.assert_array_equal(model.predict(obs, deterministic=True)[0], model.predict(obs, deterministic=True)[0])
+
+
+@each_case
+def test_device_argument(case):
+    assert case.make(case.vector_env(), device="cpu").policy.device.type == "cpu"
+    with pytest.raises(RuntimeError):
+        case.make(case.vector_env(), device="no_such_device")
+
+
+@each_case
+def test_policy_can_be_copied_and_saved_alone(case, tmp_path):
+    model = case.make(case.vector_env()).learn(N_STEPS)
+    obs = observations(model)
+    expected, _ = model.predict(obs, deterministic=True)
+    copied = copy.deepcopy(model.policy)
+    model.policy.save(tmp_path / "policy.pt")
+    loaded = type(model.policy).load(tmp_path / "policy.pt", device="cpu")
+    model.learn(N_STEPS)
+    for policy in (copied, loaded):
+        np.testing.assert_array_equal(policy.predict(obs, deterministic=True)[0], expected)
+
+
+@each_case
+def test_zoo_style_evaluation(case):
+    model = case.make(case.vector_env())
+    mean, std = evaluate_policy(model, DummyVecEnv([case.vector_env]), n_eval_episodes=2, warn=False)
+    assert np.isfinite([mean, std]).all()

@@ -3,8 +3,10 @@
 rl-zoo3 has no plugin mechanism, so ``sb3_ext.pth`` calls :func:`arm`, which puts a finder on ``sys.meta_path``. When one of
 the zoo's modules is imported, the finder lets the real loader run it and then has it patched (``sb3_ext.zoo.patches``). A
 process that never imports the zoo pays for this file only: keep it short, and import nothing that the interpreter has not
-imported already. It lies outside the package because it has to work when the package does not: a start-up line that fails prints a
-traceback at every start, in virtual environments twice.
+imported already.
+
+It lies outside the package because it has to work when the package does not: site.py prints a traceback for a start-up line
+that fails, at every start, and in virtual environments twice.
 """
 
 import os

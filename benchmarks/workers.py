@@ -1,16 +1,18 @@
 """One implementation of an algorithm in a process of its own, which obeys JSON lines on its standard input.
 
-``python -m benchmarks.workers ours|d3rlpy|tianshou|arithmetic`` runs in the virtual environment of that implementation, so
-this file needs no more than numpy and what the contender imports in its constructor. A contender has
+``python -m benchmarks.workers NAME``, with a name from ``CONTENDERS``, runs in the virtual environment of that
+implementation, so this file needs no more than numpy and what the contender imports in its constructor. A contender has
 
 - ``__init__(spec)``, with the keys of ``spec`` as :func:`benchmarks.cases.Case.spec` gives them and ``data``, an npz file,
 - ``update(n)``: n gradient updates, each on a fresh batch,
 - ``predict(observations)``: actions, one for each observation, Box actions in [-1, 1].
 """
 
+import functools
 import importlib.metadata
 import json
 import os
+import pkgutil
 import platform
 import sys
 import time
@@ -39,29 +41,16 @@ class Ours:
     packages = ("sb3-ext", "stable-baselines3", "torch")
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        import gymnasium as gym
         import torch as th
 
         import sb3_ext
 
-        class Spaces(gym.Env):
-            """An environment that nobody acts in."""
-
-            observation_space = gym.spaces.Box(-np.inf, np.inf, spec["observation_shape"], np.float32)
-            action_space = gym.spaces.Box(-1.0, 1.0, (spec["n_actions"],), np.float32)
-
-            def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-                return np.zeros(self.observation_space.shape, self.observation_space.dtype), {}
-
-        if spec["discrete"]:
-            Spaces.action_space = gym.spaces.Discrete(spec["n_actions"])
-        if spec["image"]:
-            Spaces.observation_space = gym.spaces.Box(0, 255, spec["observation_shape"], np.uint8)
         th.set_num_threads(spec["threads"])
+        env = spaces_env(spec)
         self.model = getattr(sb3_ext, spec["algo"].upper())(
             "CnnPolicy" if spec["image"] else "MlpPolicy",
-            Spaces(),
-            dataset=spec.get("dataset") or replay_buffer(load(spec), Spaces.observation_space, Spaces.action_space),
+            env,
+            dataset=spec.get("dataset") or replay_buffer(load(spec), env.observation_space, env.action_space),
             learning_rate=spec["learning_rate"],
             batch_size=spec["batch_size"],
             seed=spec["seed"],
@@ -74,6 +63,24 @@ class Ours:
 
     def predict(self, observations: np.ndarray) -> np.ndarray:
         return self.model.predict(observations, deterministic=True)[0]
+
+
+def spaces_env(spec: dict[str, Any]) -> Any:
+    """:return: an environment that has the spaces of a spec and in which nobody acts"""
+    import gymnasium as gym
+
+    class Spaces(gym.Env):
+        observation_space = gym.spaces.Box(-np.inf, np.inf, spec["observation_shape"], np.float32)
+        action_space = gym.spaces.Box(-1.0, 1.0, (spec["n_actions"],), np.float32)
+
+        def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+            return np.zeros(self.observation_space.shape, self.observation_space.dtype), {}
+
+    if spec["discrete"]:
+        Spaces.action_space = gym.spaces.Discrete(spec["n_actions"])
+    if spec["image"]:
+        Spaces.observation_space = gym.spaces.Box(0, 255, spec["observation_shape"], np.uint8)
+    return Spaces()
 
 
 def replay_buffer(data: dict[str, np.ndarray], observation_space: Any, action_space: Any) -> Any:
@@ -187,7 +194,8 @@ class Tianshou:
         from tianshou.utils.net.continuous import VAE, ContinuousCritic, Perturbation
 
         n_inputs, latent_dim = shape[0] + n_actions, 2 * n_actions
-        residual = MLP(input_dim=n_inputs, output_dim=n_actions, hidden_sizes=[400, 300])
+        # Perturbation takes the first of what its network returns: of an MLP, as in the example, only the batch's first row
+        residual = Net(state_shape=n_inputs, action_shape=n_actions, hidden_sizes=[400, 300])
         critics = [
             ContinuousCritic(
                 preprocess_net=Net(state_shape=shape, action_shape=n_actions, hidden_sizes=[400, 300], concat=True)
@@ -202,8 +210,7 @@ class Tianshou:
             max_action=1.0,
         )
         policy = BCQPolicy(
-            # Perturbation takes the first of what its network returns
-            actor_perturbation=Perturbation(preprocess_net=_first(residual), max_action=1.0, phi=0.05),
+            actor_perturbation=Perturbation(preprocess_net=residual, max_action=1.0, phi=0.05),
             critic=critics[0],
             vae=vae,
             action_space=action_space,
@@ -220,20 +227,18 @@ class Tianshou:
 
     def _discrete(self, shape: list[int], n_actions: int, action_space: Any, optim: Any) -> Any:
         from tianshou.algorithm.imitation.discrete_bcq import DiscreteBCQ, DiscreteBCQPolicy
-        from tianshou.env.atari.atari_network import DQNet, ScaledObsInputActionReprNet
+        from tianshou.env.atari.atari_network import DQNet
         from tianshou.utils.net.common import Net
         from tianshou.utils.net.discrete import DiscreteActor
 
         if len(shape) == 3:
-            features = ScaledObsInputActionReprNet(DQNet(*shape, action_shape=n_actions, features_only=True))
+            features = DQNet(*shape, action_shape=n_actions, features_only=True)
             model, imitator = (
                 DiscreteActor(preprocess_net=features, action_shape=n_actions, hidden_sizes=[512], softmax_output=False)
                 for _ in range(2)
             )
         else:
-            model, imitator = (
-                Net(state_shape=shape, action_shape=n_actions, hidden_sizes=[256, 256]) for _ in range(2)
-            )
+            model, imitator = (Net(state_shape=shape, action_shape=n_actions, hidden_sizes=[256, 256]) for _ in range(2))
         policy = DiscreteBCQPolicy(model=model, imitator=imitator, action_space=action_space)
         return DiscreteBCQ(policy=policy, optim=optim)
 
@@ -253,22 +258,8 @@ class Tianshou:
         return np.asarray(actions)
 
 
-def _first(network: Any) -> Any:
-    from torch import nn
-
-    class First(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, inputs: Any) -> tuple[Any, None]:
-            return self.network(inputs), None
-
-    return First()
-
-
 class Arithmetic:
-    """The matrix products of one update of a case, and nothing else: what the machine allows."""
+    """The matrix products and convolutions of one update of a case, and nothing else: what the machine allows."""
 
     packages = ("torch",)
 
@@ -276,23 +267,35 @@ class Arithmetic:
         import torch as th
 
         th.set_num_threads(spec["threads"])
-        self.mm = th.mm
-        self.factors = [(th.randn(m, k), th.randn(k, n), th.empty(m, n)) for m, k, n in spec["products"]]
+        self.products: list[Callable[[], Any]] = []
+        for product in spec["products"]:
+            if len(product) == 3:
+                m, k, n = product
+                left, right, out = th.randn(m, k), th.randn(k, n), th.empty(m, n)
+                self.products.append(functools.partial(th.mm, left, right, out=out))
+            else:
+                n, n_inputs, size, n_outputs, kernel, stride = product
+                images = th.randn(n, n_inputs, size, size).to(memory_format=th.channels_last)
+                weights = th.randn(n_outputs, n_inputs, kernel, kernel).to(memory_format=th.channels_last)
+                self.products.append(functools.partial(th.nn.functional.conv2d, images, weights, stride=stride))
 
     def update(self, n: int) -> None:
         for _ in range(n):
-            for left, right, product in self.factors:
-                self.mm(left, right, out=product)
+            for product in self.products:
+                product()
 
     def predict(self, observations: np.ndarray) -> np.ndarray:
         raise NotImplementedError
 
 
-CONTENDERS: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "ours": Ours,
-    "d3rlpy": D3rlpy,
-    "tianshou": Tianshou,
-    "arithmetic": Arithmetic,
+CONTENDERS = {
+    "ours": "benchmarks.workers.Ours",
+    "d3rlpy": "benchmarks.workers.D3rlpy",
+    "tianshou": "benchmarks.workers.Tianshou",
+    "arithmetic": "benchmarks.workers.Arithmetic",
+    "behaviour-cloning": "benchmarks.controls.BehaviourCloning",
+    "offline-dqn": "benchmarks.controls.OfflineDQN",
+    "offline-ddpg": "benchmarks.controls.OfflineDDPG",
 }
 
 
@@ -319,9 +322,8 @@ def serve(name: str) -> None:
         verb = request["verb"]
         answer: dict[str, Any] = {}
         if verb == "build":
-            contender_class: Any = CONTENDERS[name]
-            contender = contender_class(request["spec"])
-            versions = {package: importlib.metadata.version(package) for package in contender_class.packages}
+            contender = pkgutil.resolve_name(CONTENDERS[name])(request["spec"])
+            versions = {package: importlib.metadata.version(package) for package in contender.packages}
             answer["versions"] = {"python": platform.python_version(), **versions}
             if "act_batch" in request["spec"]:
                 observations = load(request["spec"])["observations"][: request["spec"]["act_batch"]]

@@ -6,9 +6,9 @@ project = "sb3-ext"
 author = "sb3-ext contributors"
 release = installed_version("sb3-ext")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode"]
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.viewcode", "sphinx_copybutton"]
 myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"
-html_theme = "furo"
+html_theme = "sphinx_rtd_theme"
 exclude_patterns = ["_build"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     import h5py
 
 # Arrays smaller than this take less room uncompressed
-_COMPRESS_FROM = 512
+_COMPRESS_FROM = 128
 
 
 class EpisodeStore:

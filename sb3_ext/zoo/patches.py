@@ -97,11 +97,10 @@ def ffmpeg_on_path() -> Iterator[None]:
         return
     from imageio_ffmpeg import get_ffmpeg_exe
 
-    binary = Path(get_ffmpeg_exe())
     path = os.environ.get("PATH", "")
     with tempfile.TemporaryDirectory() as folder:
         # A copy, because symbolic links need rights on Windows
-        shutil.copy(binary, Path(folder, "ffmpeg" + binary.suffix))
+        shutil.copy(get_ffmpeg_exe(), Path(folder, "ffmpeg.exe" if os.name == "nt" else "ffmpeg"))
         os.environ["PATH"] = folder + os.pathsep + path
         try:
             yield

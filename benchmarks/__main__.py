@@ -1,0 +1,129 @@
+import argparse
+from pathlib import Path
+
+from benchmarks import cases, results
+from benchmarks.peers import DEFAULT_FOLDER, PEERS, install
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """:return: the arguments; ``verb`` names the function of this module that takes them"""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Remakes the figures of the documentation.")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    folder = {"type": Path, "default": DEFAULT_FOLDER, "help": "folder of the peers' virtual environments"}
+
+    verb = verbs.add_parser("peers", help="make one virtual environment for each peer")
+    verb.add_argument("--names", nargs="+", default=list(PEERS), choices=list(PEERS), help="default: all")
+    verb.add_argument("--dir", **folder)
+
+    verb = verbs.add_parser("returns", help="train, evaluate, and keep one row for each run")
+    verb.add_argument("--algos", nargs="+", required=True, help="keys in the zoo")
+    verb.add_argument("--envs", nargs="+", required=True, help="environment ids")
+    verb.add_argument("--seeds", type=int, default=10, help="number of seeds")
+    verb.add_argument("--first-seed", type=int, default=1)
+    verb.add_argument("--study", default="default", help="runs of one study and environment share a figure")
+    verb.add_argument("--label", help="name of the curve (default: the algorithm)")
+    verb.add_argument("--dataset", help="Minari id (default: the one in the hyperparameters)")
+    verb.add_argument("-n", "--n-timesteps", type=int, help="default: as in the hyperparameters")
+    verb.add_argument("-params", "--params", nargs="+", default=[], help="key:value, as in the zoo")
+    verb.add_argument("--env-kwargs", nargs="+", default=[], help="key:value, as in the zoo")
+    verb.add_argument("--evaluations", type=int, default=10, help="points of the learning curve")
+    verb.add_argument("--episodes", type=int, default=100, help="episodes of the final evaluation")
+    verb.add_argument("--controls", action="store_true", help="also behaviour cloning and plain DQN or DDPG on the same data")
+    verb.add_argument("--peers", nargs="+", default=[], choices=list(PEERS), help="also these peers on the same data")
+    verb.add_argument("--only-others", action="store_true", help="the controls and the peers without the algorithm itself")
+    verb.add_argument("--page", help="file of results (default: the algorithm)")
+    verb.add_argument("--jobs", type=int, default=1, help="runs at a time")
+    verb.add_argument("--dir", **folder)
+
+    verb = verbs.add_parser("speed", help="time against the peers, in turns")
+    verb.add_argument("--cases", nargs="+", default=[case.name for case in cases.CASES], help="default: all")
+    verb.add_argument("--threads", nargs="+", type=int, default=[1])
+    verb.add_argument("--rounds", type=int, default=7)
+    verb.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
+    verb.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), help="default: all")
+    verb.add_argument("--dir", **folder)
+
+    verb = verbs.add_parser("memory", help="peak memory of training on many transitions")
+    verb.add_argument("--case", default=cases.CASES[0].name)
+    verb.add_argument("--transitions", type=int, default=1_000_000)
+    verb.add_argument("--updates", type=int, default=50)
+
+    verb = verbs.add_parser("report", help="tables and figures out of the results, into docs/results")
+    verb.add_argument("--out", type=Path, default=results.PROJECT / "docs" / "results")
+
+    verbs.add_parser("startup", help="what the start-up hook adds to an interpreter's start", add_help=False)
+    known, rest = parser.parse_known_args(arguments)
+    if rest and known.verb != "startup":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    known.rest = rest
+    return known
+
+
+def peers(args: argparse.Namespace) -> None:
+    install(args.dir, args.names)
+
+
+def returns(args: argparse.Namespace) -> None:
+    from benchmarks.returns import Run, controls, run_all
+    from benchmarks.returns import peers as in_peers
+
+    for algo in args.algos:
+        runs: list[Run] = []
+        for env in args.envs:
+            for seed in range(args.first_seed, args.first_seed + args.seeds):
+                run = Run(
+                    study=args.study,
+                    label=args.label or algo,
+                    contender="zoo",
+                    algo=algo,
+                    env=env,
+                    seed=seed,
+                    dataset=args.dataset,
+                    params=tuple(args.params),
+                    env_kwargs=tuple(args.env_kwargs),
+                    n_timesteps=args.n_timesteps,
+                    n_evaluations=args.evaluations,
+                    n_episodes=args.episodes,
+                )
+                runs += [] if args.only_others else [run]
+                runs += (controls(run) if args.controls else []) + in_peers(run, args.peers)
+        run_all(runs, args.page or algo, args.dir, args.jobs)
+
+
+def speed(args: argparse.Namespace) -> None:
+    from benchmarks.speed import measure, summary
+
+    for name in args.cases:
+        case = cases.by_name(name)
+        for threads in args.threads:
+            row = measure(case, args.dir, threads, args.seconds, args.rounds, args.peers)
+            results.append(results.path_of(case.algo), row)
+            print(summary(row), flush=True)
+
+
+def memory(args: argparse.Namespace) -> None:
+    from benchmarks.speed import memory as measure
+    from benchmarks.speed import summary
+
+    case = cases.by_name(args.case)
+    row = measure(case, args.transitions, args.updates)
+    results.append(results.path_of(case.algo), row)
+    print(summary(row))
+
+
+def report(args: argparse.Namespace) -> None:
+    from benchmarks.report import write
+
+    for path in sorted(results.FOLDER.glob("*.jsonl")):
+        print(write(path, args.out))
+
+
+def startup(args: argparse.Namespace) -> None:
+    from benchmarks.startup import main
+
+    main(args.rest)
+
+
+if __name__ == "__main__":
+    parsed = parse()
+    globals()[parsed.verb](parsed)

@@ -1,0 +1,235 @@
+"""Tables and figures out of a file of results. Needs the extra ``plots``."""
+
+import statistics
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks import results
+from benchmarks.results import Row
+from benchmarks.speed import memory_factor, paired_ratio, peers_of
+
+BOOTSTRAP_SAMPLES = 2000
+
+
+def interquartile_mean(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """
+    :param scores: (seeds, points)
+    :return: For each point: the interquartile mean over the seeds, and the bounds of its 95 % bootstrap interval
+    """
+    from rliable import library, metrics
+
+    def statistic(runs: np.ndarray) -> np.ndarray:
+        return np.array([metrics.aggregate_iqm(runs[..., point]) for point in range(runs.shape[-1])])
+
+    # rliable draws from numpy's global generator: the same report from the same rows
+    np.random.seed(0)
+    # (seeds, points) -> (seeds, one task, points)
+    points, intervals = library.get_interval_estimates({"": scores[:, None]}, statistic, reps=BOOTSTRAP_SAMPLES)
+    return points[""], intervals[""][0], intervals[""][1]
+
+
+def grouped(rows: Iterable[Row], *keys: str) -> dict[tuple[Any, ...], list[Row]]:
+    """:return: the rows by the values of some of their keys, in the order of first appearance"""
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    return groups
+
+
+def table(header: list[str], lines: Iterable[list[str]]) -> str:
+    """:return: a table in Markdown"""
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in [header, ["---"] * len(header), *lines])
+
+
+def normalized(returns: np.ndarray, data: Row | None) -> np.ndarray | None:
+    """
+    :param returns: Any shape
+    :param data: Description of the data set, see :func:`benchmarks.data.arrays`
+    :return: 0 for the data set's lower reference score, 100 for its upper one; None if it has none
+    """
+    low, high = (data or {}).get("ref_min_score"), (data or {}).get("ref_max_score")
+    return None if low is None or high is None else 100 * (returns - low) / (high - low)
+
+
+def mean_and_error(values: np.ndarray) -> str:
+    """:return: the mean over seeds, and its standard error if there are several"""
+    error = f" ± {values.std(ddof=1) / np.sqrt(len(values)):.1f}" if len(values) > 1 else ""
+    return f"{values.mean():.1f}{error}"
+
+
+def curve_line(label: str, rows: list[Row]) -> list[str]:
+    """:return: the cells of one curve in the table of returns"""
+    rows = sorted(rows, key=lambda row: row["seed"])
+    means = np.array([np.mean(row["final_returns"]) for row in rows])
+    point, low, high = interquartile_mean(means[:, None])
+    scores = normalized(means, rows[0]["data"])
+    minutes = statistics.median(row["wall_time_s"] for row in rows) / 60
+    return [
+        label,
+        mean_and_error(means),
+        f"{point[0]:.1f} [{low[0]:.1f}, {high[0]:.1f}]",
+        "" if scores is None else mean_and_error(scores),
+        " ".join(f"{mean:.0f}" for mean in means),
+        f"{rows[0]['n_timesteps']:,}",
+        f"{minutes:.1f}",
+    ]
+
+
+def data_lines(rows: list[Row]) -> list[str]:
+    """:return: one sentence about each data set"""
+    data = {row["data"]["id"]: row["data"] for row in rows if row["data"]}
+    return [
+        f"Data `{name}`: {d['transitions']:,} transitions, {d['episodes']} episodes with a return of {d['mean_return']:.1f} "
+        f"± {d['std_return']:.1f} (standard deviation)."
+        for name, d in data.items()
+    ]
+
+
+def plot(curves: dict[tuple[Any, ...], list[Row]], title: str, path: Path) -> None:
+    """
+    Learning curves: interquartile means over seeds with 95 % bootstrap intervals, and the mean returns of the data.
+
+    :param curves: Rows by label
+    :param title: Of the figure
+    :param path: PNG to write
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (label,), rows in curves.items():
+        scores = np.array([np.mean(row["eval_returns"], axis=1) for row in rows])
+        point, low, high = interquartile_mean(scores)
+        (line,) = axes.plot(rows[0]["eval_steps"], point, marker=".", label=label)
+        axes.fill_between(rows[0]["eval_steps"], low, high, color=line.get_color(), alpha=0.2, linewidth=0)
+    every_row = [row for rows in curves.values() for row in rows]
+    means = {row["data"]["id"]: row["data"]["mean_return"] for row in every_row if row["data"]}
+    for (name, mean), style in zip(means.items(), ("--", ":", "-.", (0, (1, 4))), strict=False):
+        axes.axhline(mean, color="black", linestyle=style, linewidth=1, label=f"mean of {name}")
+    offline = all(row["data"] for row in every_row)
+    axes.set(title=title, xlabel="gradient updates" if offline else "environment steps", ylabel="return")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def provenance(rows: list[Row], key: str) -> str:
+    """
+    :param rows: Of one section
+    :param key: Of the commands that made them
+    :return: Commands, and the versions and the machine of the latest row
+    """
+    latest = rows[-1]
+    versions = ", ".join(f"{name} {number}" for name, number in latest["versions"].items())
+    commits, machines = (", ".join(dict.fromkeys(row[name] for row in rows)) for name in ("commit", "machine"))
+    commands = "\n".join(dict.fromkeys(row[key] for row in rows))
+    return f"```sh\n{commands}\n```\n\nCommit {commits}; {versions}; {machines}."
+
+
+def returns_section(title: str, rows: list[Row], figure: Path) -> str:
+    """:return: table, figure and provenance of one study in one environment"""
+    curves = grouped(rows, "label")
+    plot(curves, title, figure)
+    header = ["", "return", "interquartile mean", "normalised", "each seed", "steps", "minutes"]
+    n_episodes = rows[0]["settings"]["n_episodes"]
+    return "\n\n".join(
+        [
+            f"### {title}",
+            f"Mean return of {n_episodes} episodes at the end of training, ± standard error over the seeds; interquartile mean "
+            "with its 95 % bootstrap interval.",
+            table(header, (curve_line(label, of_label) for (label,), of_label in curves.items())),
+            *data_lines(rows),
+            # From docs/results as well as from a page of docs/algos that includes this one
+            f"![Learning curves: {title}](../results/{figure.name})",
+            provenance(rows, "benchmark"),
+        ]
+    )
+
+
+def against(rates: dict[str, list[float]], peers: list[str]) -> list[str]:
+    """:return: our median rate, and each peer's with the median of the paired ratios"""
+    ours = rates["ours"]
+    others = (
+        f"{statistics.median(rates[p]):.1f} (**{paired_ratio(ours, rates[p]):.2f} x**)" if p in rates else "" for p in peers
+    )
+    return [f"{statistics.median(ours):.1f}", *others]
+
+
+def speed_section(rows: list[Row]) -> str:
+    """:return: tables of the latest measurement of each case and number of threads"""
+    latest = [group[-1] for group in grouped(rows, "case", "threads").values()]
+    peers = list(dict.fromkeys(peer for row in latest for peer in peers_of(row)))
+    updates, acts, peaks = [], [], []
+    for row in latest:
+        name, rates = [row["case"], str(row["threads"])], row["updates_per_s"]
+        bound = statistics.median(rates["arithmetic"])
+        share = f"{bound:.1f} ({paired_ratio(rates['ours'], rates['arithmetic']):.2f})"
+        updates.append([*name, *against(rates, peers), share, f"{bound * row['gflop']:.0f}"])
+        acts.append([*name, *against(row["observations_per_s"], peers)])
+        peaks.append(
+            [*name, *(f"{row['peak_bytes'][who] / 1e6:.0f}" if who in row["peak_bytes"] else "" for who in ("ours", *peers))]
+        )
+    header = ["case", "threads", "ours", *peers]
+    return "\n\n".join(
+        [
+            "### Speed",
+            "Updates per second, batches sampled from a filled buffer. Long-lived processes take turns; medians of the rounds, "
+            "and in brackets the median of the ratios within a round (ours / theirs). The bound is what remains when a process "
+            "does only the matrix products and convolutions that one update cannot do without; our share of it in brackets.",
+            table([*header, "bound (share)", "GFLOP/s of the bound"], updates),
+            "Observations per second when acting on batches of 16:",
+            table(header, acts),
+            "Peak memory of these processes in MB, interpreter and libraries included:",
+            table(header, peaks),
+            provenance(latest, "command"),
+        ]
+    )
+
+
+def memory_section(rows: list[Row]) -> str:
+    """:return: table of the latest measurements of memory"""
+    latest = [group[-1] for group in grouped(rows, "case", "transitions").values()]
+    lines = (
+        [
+            row["case"],
+            f"{row['transitions']:,}",
+            *(f"{row[key] / 1e6:.0f}" for key in ("transition_bytes", "startup_bytes", "peak_bytes")),
+            f"{memory_factor(row):.2f}",
+        ]
+        for row in latest
+    )
+    header = ["case", "transitions", "their MB", "start-up MB", "peak MB", "(peak - start-up) / transitions"]
+    return "\n\n".join(
+        [
+            "### Memory",
+            "Peak resident size of a process that reads a Minari data set and trains on it. The bytes of the transitions count "
+            "observation, next observation, action, reward and terminal as float32; the start-up size is the peak of the same "
+            "process with one episode.",
+            table(header, lines),
+            provenance(latest, "command"),
+        ]
+    )
+
+
+def write(path: Path, folder: Path) -> Path:
+    """
+    :param path: File of results
+    :param folder: For the page, named as the file, and its figures
+    :return: The page
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = grouped(results.read(path), "kind")
+    sections = [
+        returns_section(f"{env}: {study}", of_study, folder / f"{path.stem}-{study}-{env}.png")
+        for (study, env), of_study in grouped(rows.get(("returns",), []), "study", "env").items()
+    ]
+    makers: dict[str, Callable[[list[Row]], str]] = {"speed": speed_section, "memory": memory_section}
+    sections += [make(rows[(kind,)]) for kind, make in makers.items() if (kind,) in rows]
+    page = folder / f"{path.stem}.md"
+    page.write_text("\n\n".join(sections) + "\n")
+    return page

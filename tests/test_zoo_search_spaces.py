@@ -1,0 +1,41 @@
+"""What the zoo's tuning draws for each algorithm of the registry, and what it makes of a stored trial."""
+
+import inspect
+from pkgutil import resolve_name
+
+import optuna
+import pytest
+
+from sb3_ext.zoo.registry import ALGORITHMS
+
+
+@pytest.mark.parametrize("n_actions", [0, 3], ids=["discrete", "continuous"])
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.key)
+def test_samples_are_arguments_and_convert_back(algorithm, n_actions):
+    accepted = inspect.signature(resolve_name(algorithm.class_path)).parameters
+    sample, convert = resolve_name(algorithm.sampler), resolve_name(algorithm.converter)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    for _ in range(20):
+        trial = study.ask()
+        sampled = sample(trial, n_actions, 1, {})
+        assert set(sampled) <= set(accepted)
+        assert 0 < sampled["gamma"] < 1
+        assert sampled["gamma"] == trial.user_attrs["gamma"]
+        assert sampled["batch_size"] == trial.user_attrs["batch_size"]
+        assert convert(trial.params) == sampled
+
+
+def test_bcq_tunes_the_constraint_of_the_kind_of_action():
+    sample = resolve_name("sb3_ext.zoo.search_spaces:sample_bcq_params")
+    study = optuna.create_study()
+    assert "action_threshold" in sample(study.ask(), 0, 1, {})
+    assert "perturbation_scale" in sample(study.ask(), 3, 1, {})
+
+
+def test_keys_are_unique_and_have_hyperparameters():
+    from importlib.resources import files
+
+    keys = [algorithm.key for algorithm in ALGORITHMS]
+    assert len(keys) == len(set(keys))
+    for key in keys:
+        assert files("sb3_ext.hyperparams").joinpath(f"{key}.yml").is_file()

@@ -9,13 +9,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """:return: the arguments; ``verb`` names the function of this module that takes them"""
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description="Remakes the figures of the documentation.")
     verbs = parser.add_subparsers(dest="verb", required=True)
-    folder = {"type": Path, "default": DEFAULT_FOLDER, "help": "folder of the peers' virtual environments"}
+    # Shared by the verbs that need the peers
+    folder = argparse.ArgumentParser(add_help=False)
+    folder.add_argument("--dir", type=Path, default=DEFAULT_FOLDER, help="folder of the peers' virtual environments")
 
-    verb = verbs.add_parser("peers", help="make one virtual environment for each peer")
+    verb = verbs.add_parser("peers", parents=[folder], help="make one virtual environment for each peer")
     verb.add_argument("--names", nargs="+", default=list(PEERS), choices=list(PEERS), help="default: all")
-    verb.add_argument("--dir", **folder)
 
-    verb = verbs.add_parser("returns", help="train, evaluate, and keep one row for each run")
+    verb = verbs.add_parser("returns", parents=[folder], help="train, evaluate, and keep one row for each run")
     verb.add_argument("--algos", nargs="+", required=True, help="keys in the zoo")
     verb.add_argument("--envs", nargs="+", required=True, help="environment ids")
     verb.add_argument("--seeds", type=int, default=10, help="number of seeds")
@@ -33,15 +34,13 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--only-others", action="store_true", help="the controls and the peers without the algorithm itself")
     verb.add_argument("--page", help="file of results (default: the algorithm)")
     verb.add_argument("--jobs", type=int, default=1, help="runs at a time")
-    verb.add_argument("--dir", **folder)
 
-    verb = verbs.add_parser("speed", help="time against the peers, in turns")
+    verb = verbs.add_parser("speed", parents=[folder], help="time against the peers, in turns")
     verb.add_argument("--cases", nargs="+", default=[case.name for case in cases.CASES], help="default: all")
     verb.add_argument("--threads", nargs="+", type=int, default=[1])
     verb.add_argument("--rounds", type=int, default=7)
     verb.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
     verb.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), help="default: all")
-    verb.add_argument("--dir", **folder)
 
     verb = verbs.add_parser("memory", help="peak memory of training on many transitions")
     verb.add_argument("--case", default=cases.CASES[0].name)

@@ -89,7 +89,7 @@ def backward(rows: int, *widths: int, weights: bool = True, inputs: bool = False
     :return: Matrix products of differentiating a multilayer perceptron
     """
     layers = list(pairwise(widths))
-    products = [(k, rows, n) for k, n in layers] if weights else []
+    products: list[Product] = [(k, rows, n) for k, n in layers] if weights else []
     return products + [(rows, n, k) for k, n in (layers if inputs else layers[1:])]
 
 
@@ -110,13 +110,14 @@ def bcq_continuous(case: Case) -> list[Product]:
 def bcq_discrete(case: Case) -> list[Product]:
     """Fujimoto et al. 2019b, Algorithm 1: two heads, on shared convolutions for images; the target has no imitation head."""
     n = case.batch_size
+    convolutions: list[Product] = []
+    gradients: list[Product] = []
+    head: tuple[int, ...] = (case.observation_shape[0], 256, 256, case.n_actions)
     if case.image:
         channels, size, _ = case.observation_shape
-        convolutions: list[Product] = [(n, channels, size, 32, 8, 4), (n, 32, 20, 64, 4, 2), (n, 64, 9, 64, 3, 1)]
+        convolutions = [(n, channels, size, 32, 8, 4), (n, 32, 20, 64, 4, 2), (n, 64, 9, 64, 3, 1)]
         # Gradients of weights and, but for the first, of inputs: each as many operations as the convolution itself
         gradients, head = convolutions + convolutions[1:], (3136, 512, case.n_actions)
-    else:
-        convolutions, gradients, head = [], [], (case.observation_shape[0], 256, 256, case.n_actions)
     online, target = convolutions + 2 * forward(n, *head), convolutions + forward(n, *head)
     return 2 * online + target + gradients + 2 * backward(n, *head, inputs=case.image)
 
@@ -157,7 +158,6 @@ def synthetic(case: Case, path: Path, n_transitions: int | None = None) -> None:
     np.savez(
         path,
         observations=steps[:-1],
-        # The last one of an episode is not the first one of the next: nobody looks at random numbers that closely
         next_observations=steps[1:],
         actions=actions.astype(np.int64 if case.discrete else np.float32),
         rewards=rng.standard_normal(n, np.float32),

@@ -20,7 +20,7 @@ def settings(algo: str, env: str, params: list[str]) -> Row:
     :return: The hyperparameters with which the zoo trains
     """
     own = PROJECT / "hyperparams" / f"{algo}.yml"
-    path = own if own.is_file() else files("rl_zoo3").joinpath("hyperparams", f"{algo}.yml")
+    path = own if own.is_file() else files("rl_zoo3") / "hyperparams" / f"{algo}.yml"
     tables = yaml.safe_load(Path(str(path)).read_text())
     overruled = dict(param.split(":", 1) for param in params)
     return {**tables.get(env, tables.get("default", {})), **{key: literal(text) for key, text in overruled.items()}}
@@ -47,7 +47,7 @@ def arrays(dataset: str, observation_space: spaces.Space, action_space: spaces.S
     from sb3_ext.offline.sources import open_source
 
     data = load_dataset(dataset, observation_space, action_space)
-    batch = data.take(th.arange(len(data)))
+    batch: Any = data.take(th.arange(len(data)))
     lengths = open_source(dataset).lengths
     ends = np.cumsum(lengths[lengths > 0])
     last = np.zeros(len(data), dtype=bool)

@@ -42,8 +42,9 @@ def install(folder: Path, names: list[str]) -> None:
     :param names: Keys of ``PEERS``
     """
     for name in names:
-        venv.create(folder / name, with_pip=True)
-        pip = [interpreter(name, folder), "-m", "pip", "install", "--quiet", TORCH]
+        if not (folder / name / "pyvenv.cfg").exists():
+            venv.create(folder / name, with_pip=True, symlinks=os.name != "nt")
+        pip = [str(interpreter(name, folder)), "-m", "pip", "install", "--quiet", TORCH]
         # torch alone first, so that a wheel that pip can find locally is taken before the peer's own choice
         subprocess.run(pip, check=True)
         subprocess.run([*pip, *PEERS[name]], check=True)

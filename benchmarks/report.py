@@ -140,8 +140,8 @@ def returns_section(title: str, rows: list[Row], figure: Path) -> str:
     return "\n\n".join(
         [
             f"### {title}",
-            f"Mean return of {n_episodes} episodes at the end of training, ± standard error over the seeds; interquartile mean "
-            "with its 95 % bootstrap interval.",
+            f"Mean return of {n_episodes} episodes at the end of training, ± standard error over the seeds; interquartile "
+            "mean with its 95 % bootstrap interval.",
             table(header, (curve_line(label, of_label) for (label,), of_label in curves.items())),
             *data_lines(rows),
             # From docs/results as well as from a page of docs/algos that includes this one
@@ -178,9 +178,9 @@ def speed_section(rows: list[Row]) -> str:
     return "\n\n".join(
         [
             "### Speed",
-            "Updates per second, batches sampled from a filled buffer. Long-lived processes take turns; medians of the rounds, "
-            "and in brackets the median of the ratios within a round (ours / theirs). The bound is what remains when a process "
-            "does only the matrix products and convolutions that one update cannot do without; our share of it in brackets.",
+            "Updates per second, batches sampled from a filled buffer. Long-lived processes take turns; medians of the rounds "
+            "and in brackets the median of the ratios within a round (ours / theirs). The bound is a process that does "
+            "nothing but the matrix products and convolutions that one update cannot do without; our share of it in brackets.",
             table([*header, "bound (share)", "GFLOP/s of the bound"], updates),
             "Observations per second when acting on batches of 16:",
             table(header, acts),
@@ -207,9 +207,9 @@ def memory_section(rows: list[Row]) -> str:
     return "\n\n".join(
         [
             "### Memory",
-            "Peak resident size of a process that reads a Minari data set and trains on it. The bytes of the transitions count "
-            "observation, next observation, action, reward and terminal as float32; the start-up size is the peak of the same "
-            "process with one episode.",
+            "Peak resident size of a process that reads a Minari data set and trains on it. The bytes of the transitions "
+            "count observation, next observation, action, reward and terminal as float32; the start-up size is the peak of "
+            "the same process with one episode.",
             table(header, lines),
             provenance(latest, "command"),
         ]

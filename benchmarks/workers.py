@@ -36,18 +36,19 @@ def load(spec: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 class Ours:
-    """BCQ of this package, driven by ``learn``, as by every user."""
+    """An offline algorithm of this package, driven by ``learn``, as by every user."""
 
     packages = ("sb3-ext", "stable-baselines3", "torch")
 
     def __init__(self, spec: dict[str, Any]) -> None:
         import torch as th
 
-        import sb3_ext
+        from sb3_ext.zoo.registry import ALGORITHMS
 
+        class_path = next(algorithm.class_path for algorithm in ALGORITHMS if algorithm.key == spec["algo"])
         th.set_num_threads(spec["threads"])
         env = spaces_env(spec)
-        self.model = getattr(sb3_ext, spec["algo"].upper())(
+        self.model = pkgutil.resolve_name(class_path)(
             "CnnPolicy" if spec["image"] else "MlpPolicy",
             env,
             dataset=spec.get("dataset") or replay_buffer(load(spec), env.observation_space, env.action_space),
@@ -69,17 +70,16 @@ def spaces_env(spec: dict[str, Any]) -> Any:
     """:return: an environment that has the spaces of a spec and in which nobody acts"""
     import gymnasium as gym
 
+    low, high, dtype = (0, 255, np.uint8) if spec["image"] else (-np.inf, np.inf, np.float32)
+    n_actions = spec["n_actions"]
+
     class Spaces(gym.Env):
-        observation_space = gym.spaces.Box(-np.inf, np.inf, spec["observation_shape"], np.float32)
-        action_space = gym.spaces.Box(-1.0, 1.0, (spec["n_actions"],), np.float32)
+        observation_space: Any = gym.spaces.Box(low, high, spec["observation_shape"], dtype)
+        action_space: Any = gym.spaces.Discrete(n_actions) if spec["discrete"] else gym.spaces.Box(-1.0, 1.0, (n_actions,))
 
         def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
             return np.zeros(self.observation_space.shape, self.observation_space.dtype), {}
 
-    if spec["discrete"]:
-        Spaces.action_space = gym.spaces.Discrete(spec["n_actions"])
-    if spec["image"]:
-        Spaces.observation_space = gym.spaces.Box(0, 255, spec["observation_shape"], np.uint8)
     return Spaces()
 
 
@@ -137,10 +137,13 @@ class D3rlpy:
                 n_action_samples=TARGET_CANDIDATES,
             )
         elif spec["image"]:
+            # The heads share convolutions and hidden layer; ours, as the paper's, share the convolutions only
             scaler = d3rlpy.preprocessing.PixelObservationScaler()
             config = d3rlpy.algos.DiscreteBCQConfig(**common, learning_rate=rate, observation_scaler=scaler)
         else:
-            config = d3rlpy.algos.DiscreteBCQConfig(**common, learning_rate=rate, encoder_factory=encoder([256, 256]))
+            config = d3rlpy.algos.DiscreteBCQConfig(
+                **common, learning_rate=rate, encoder_factory=encoder([256, 256]), share_encoder=False
+            )
         self.algo = config.create(device="cpu:0")
         self.algo.create_impl(tuple(spec["observation_shape"]), spec["n_actions"])
 

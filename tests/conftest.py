@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from installation import Installation, pip
+from installation import Installation
 
 PROJECT = Path(__file__).resolve().parent.parent
 
@@ -16,24 +16,20 @@ def copy_project(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel of this package."""
-    folder = tmp_path_factory.mktemp("wheel")
-    source = copy_project(folder / "source")
-    pip("wheel", "--no-deps", "--no-build-isolation", f"--wheel-dir={folder}", source)
-    (path,) = folder.glob("*.whl")
-    return path
+def project_copy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What a clone of the repository holds, except for tests and documentation; the editable installation points to it."""
+    return copy_project(tmp_path_factory.mktemp("project") / "sb3-ext")
 
 
 @pytest.fixture(scope="session")
-def wheel_installation(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Installation:
-    return Installation(tmp_path_factory.mktemp("regular") / "venv", wheel)
+def wheel_installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    folder = tmp_path_factory.mktemp("regular")
+    return Installation(folder / "venv", copy_project(folder / "source"))
 
 
 @pytest.fixture(scope="session")
-def editable_installation(tmp_path_factory: pytest.TempPathFactory) -> Installation:
-    folder = tmp_path_factory.mktemp("editable")
-    return Installation(folder / "venv", "--editable", copy_project(folder / "source"))
+def editable_installation(project_copy: Path, tmp_path_factory: pytest.TempPathFactory) -> Installation:
+    return Installation(tmp_path_factory.mktemp("editable") / "venv", "--editable", project_copy)
 
 
 @pytest.fixture(scope="session", params=["regular", "editable"])

@@ -20,14 +20,16 @@ class Installation:
 
     def __init__(self, folder: Path, *requirement: str | Path) -> None:
         venv.create(folder, symlinks=os.name != "nt")
-        paths = sysconfig.get_paths("venv", vars={"base": str(folder), "platbase": str(folder)})
-        self.python = Path(paths["scripts"], "python")
-        self.site_packages = Path(paths["purelib"])
+        self.python = folder / ("Scripts" if os.name == "nt" else "bin") / "python"
+        ask = [self.python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+        self.site_packages = Path(subprocess.run(ask, check=True, capture_output=True, text=True).stdout.strip())
         # Entries of a .pth file are plain paths: the .pth files in there, such as this package's own, do not run.
         parents = dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")])
         self.site_packages.joinpath("parent.pth").write_text("\n".join(parents))
         if requirement:
-            pip(f"--python={self.python}", "install", "--no-deps", "--no-build-isolation", *requirement)
+            # The pip and the setuptools of the environment that runs the tests
+            command = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", f"--python={self.python}"]
+            subprocess.run([*command, "install", "--no-deps", "--no-build-isolation", *requirement], check=True)
 
     def run(self, *command: str | Path, cwd: Path, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
         """
@@ -52,7 +54,3 @@ class Installation:
     def zoo(self, command: str, *arguments: str | Path, cwd: Path, **kwargs) -> subprocess.CompletedProcess[str]:
         """Run ``python -m rl_zoo3.<command>``."""
         return self.run("-m", f"rl_zoo3.{command}", *arguments, cwd=cwd, **kwargs)
-
-
-def pip(*arguments: str | Path) -> None:
-    subprocess.run([sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", *arguments], check=True)

@@ -73,7 +73,7 @@ def test_optimize_and_train_with_a_trial(installation, tmp_path):
     installation.zoo("train", "--algo", "bcq", "-n", "10", "--eval-freq", "-1", *study, "--trial-id", "1", cwd=tmp_path)
     # The run of the study itself is number 1
     used = yaml.unsafe_load((tmp_path / "logs/bcq/CartPole-v1_2/CartPole-v1/config.yml").read_text())
-    assert used["gamma"] == 1 - trials["params_one_minus_gamma"][1]
+    assert used["gamma"] == pytest.approx(1 - trials["params_one_minus_gamma"][1])
     assert used["batch_size"] == 2 ** trials["params_batch_size_pow"][1]
 
 
@@ -138,6 +138,12 @@ def test_own_hyperparameters_only_without_conf_file(installation, tmp_path):
     assert module.startswith("sb3_ext.") and Path(config).is_file() and Path(config).name == "bcq.yml"
     assert found["bcq mine.yml"][1] == "mine.yml"
     assert found["ppo missing.yml"][1] == "missing.yml"
+
+
+def test_a_clone_of_the_repository_as_working_folder(wheel_installation, project_copy):
+    # `python -m` finds the clone's sb3_ext before the installed one, without the folders that are mapped into it
+    ((_, config),) = configurations(wheel_installation, project_copy, ["bcq"]).values()
+    assert Path(config).samefile(project_copy / "hyperparams/bcq.yml")
 
 
 @pytest.mark.parametrize("tuning", [[], ["-optimize", "--n-trials", "2", "--storage", "study.log", "--study-name", "bcq"]])

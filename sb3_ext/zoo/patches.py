@@ -12,11 +12,11 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.resources import files
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
 
+import sb3_ext
 from sb3_ext.zoo.registry import ALGORITHMS
 
 
@@ -44,9 +44,11 @@ def find_own_hyperparameters(exp_manager: Any) -> None:
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         original(self, *args, **kwargs)
         chosen = signature.bind(self, *args, **kwargs).arguments.get("config")
-        own = files("sb3_ext.hyperparams").joinpath(f"{self.algo}.yml")
-        if not chosen and not os.path.isfile(self.config) and own.is_file():
-            self.config = str(own)
+        if not chosen and not os.path.isfile(self.config):
+            # In site-packages the folder lies inside the package, in the repository beside it
+            package = Path(sb3_ext.__file__).parent
+            paths = [folder / f"hyperparams/{self.algo}.yml" for folder in (package, package.parent)]
+            self.config = next((str(path) for path in paths if path.is_file()), self.config)
 
     exp_manager.ExperimentManager.__init__ = init
 

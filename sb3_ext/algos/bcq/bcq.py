@@ -182,7 +182,9 @@ class BCQ(OfflineAlgorithm):
 
     def train(self, gradient_steps: int, batch_size: int) -> None:
         assert self.transitions is not None
-        self.policy.set_training_mode(True)
+        # Setting it visits every module; only acting has unset it
+        if not self.policy.training:
+            self.policy.set_training_mode(True)
         self._update_learning_rate([getattr(self.policy, name) for name in self.policy.optimizer_names])
         update = self._discrete_update if isinstance(self.action_space, spaces.Discrete) else self._continuous_update
 

@@ -4,9 +4,13 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from installation import Installation
 
 PROJECT = Path(__file__).resolve().parent.parent
+
+# The networks of the tests are too small for a second thread, which only waits for the first one when cores are busy
+torch.set_num_threads(1)
 
 
 def copy_project(folder: Path) -> Path:

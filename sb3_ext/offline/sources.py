@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 # Upper bound of what is held of a source while its rows are packed
 PIECE_NBYTES = 4 * 2**20
+# HDF5 keeps what it has read about every group, some 25 kB, until the file is closed
+EPISODES_PER_OPENING = 500
 
 
 class Source(ABC):
@@ -155,43 +157,43 @@ class MinariSource(Source):
             return self._guarded(self._hdf5_pieces())
         return self._guarded(self._minari_pieces())
 
-    def _hdf5_lengths(self) -> Iterator[int]:
+    def _hdf5_episodes(self) -> "Iterator[tuple[int, h5py.Group]]":
         import h5py
 
-        with h5py.File(self._file, "r") as file:
-            for episode in self._episodes:
-                group = file[f"episode_{episode}"]
-                n_steps = len(group["rewards"])
-                lengths = {key: len(group[key]) for key in ("actions", "terminations", "truncations")}
-                lengths.update({name: len(array) - 1 for name, array in _leaves(group["observations"], "observations")})
-                for name, length in lengths.items():
-                    if length != n_steps:
-                        raise CorruptDatasetError(
-                            f"In episode {episode} of '{self.name}', {name} are for {length} steps, rewards for {n_steps}."
-                        )
-                yield n_steps
+        for start in range(0, len(self._episodes), EPISODES_PER_OPENING):
+            with h5py.File(self._file, "r") as file:
+                for episode in self._episodes[start : start + EPISODES_PER_OPENING]:
+                    yield episode, file[f"episode_{episode}"]
+
+    def _hdf5_lengths(self) -> Iterator[int]:
+        for episode, group in self._hdf5_episodes():
+            n_steps = len(group["rewards"])
+            lengths = {key: len(group[key]) for key in ("actions", "terminations", "truncations")}
+            lengths.update({name: len(array) - 1 for name, array in _leaves(group["observations"], "observations")})
+            for name, length in lengths.items():
+                if length != n_steps:
+                    raise CorruptDatasetError(
+                        f"In episode {episode} of '{self.name}', {name} are for {length} steps, rewards for {n_steps}."
+                    )
+            yield n_steps
 
     def _hdf5_pieces(self) -> Iterator[Piece]:
         """Not through Minari, which reads whole episodes with their infos."""
-        import h5py
-
-        with h5py.File(self._file, "r") as file:
-            for episode, n_steps in zip(self._episodes, self.lengths, strict=True):
-                group = file[f"episode_{episode}"]
-                observations = dict(_leaves(group["observations"]))
-                step_nbytes = sum(array.dtype.itemsize * int(np.prod(array.shape[1:])) for array in observations.values())
-                size = max(PIECE_NBYTES // max(step_nbytes, 1), 1)
-                for start in range(0, int(n_steps), size):
-                    stop = min(start + size, int(n_steps))
-                    last = int(stop == n_steps)
-                    yield Piece(
-                        episode,
-                        start,
-                        {key: self._decode(array[start : stop + last]) for key, array in observations.items()},
-                        group["actions"][start:stop],
-                        group["rewards"][start:stop],
-                        group["terminations"][start:stop],
-                    )
+        for (episode, group), n_steps in zip(self._hdf5_episodes(), self.lengths, strict=True):
+            observations = dict(_leaves(group["observations"]))
+            step_nbytes = sum(array.dtype.itemsize * int(np.prod(array.shape[1:])) for array in observations.values())
+            size = max(PIECE_NBYTES // max(step_nbytes, 1), 1)
+            for start in range(0, int(n_steps), size):
+                stop = min(start + size, int(n_steps))
+                last = int(stop == n_steps)
+                yield Piece(
+                    episode,
+                    start,
+                    {key: self._decode(array[start : stop + last]) for key, array in observations.items()},
+                    group["actions"][start:stop],
+                    group["rewards"][start:stop],
+                    group["terminations"][start:stop],
+                )
 
     def _decode(self, array: np.ndarray) -> np.ndarray:
         """Images are kept as JPEG files, each an array of bytes, unless the data set says otherwise."""

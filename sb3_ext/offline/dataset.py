@@ -29,7 +29,7 @@ class TransitionDataset:
     :param observation_space: of the environment, as the algorithm sees it: with images channel-first
     :param action_space: of the environment
     :param device: on which batches are returned, and on which the data lie unless ``optimize_memory_usage``
-    :param optimize_memory_usage: leave the data on disk; resident memory stays below about 150 MB whatever their size
+    :param optimize_memory_usage: leave the data on disk; they then take at most about 400 MB of resident memory
     :raises DatasetError: as ``load_dataset``
     """
 

@@ -3,7 +3,6 @@
 import errno
 import hashlib
 import json
-import mmap
 import os
 import shutil
 import tempfile
@@ -15,15 +14,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch as th
 
-from sb3_ext.offline.errors import DiskFullError
+from sb3_ext.offline.errors import CorruptDatasetError, DiskFullError
 from sb3_ext.offline.layout import Layout, Piece
 
 # Part of the name of the row files: changes whenever their content would
 FORMAT = 1
-# Linux maps 64 KiB around every page that is touched
-_BLOCK = 2**16
-# Resident memory of a mapped file while batches are gathered from it: 256 blocks are 16 MiB
-_RESIDENT_BLOCKS = 256
+# Rows are read in windows of this many bytes, which stay in the processor's cache until the wanted rows are copied
+_WINDOW = 2**20
+# Reading on takes less time than a second read while no more than this many bytes are skipped
+_GAP = 2**17
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -100,43 +99,28 @@ class DiskRows:
         identity: dict[str, Any] | None,
     ) -> None:
         n_rows = int(lengths.sum()) + len(lengths)
-        self._sizes = {
-            "row_numbers": 8 * int(lengths.sum()),
-            "floats": 4 * layout.widths["floats"] * n_rows,
-            "bytes": layout.widths["bytes"] * n_rows,
-        }
+        row_nbytes = {"floats": 4 * layout.widths["floats"], "bytes": layout.widths["bytes"]}
+        self._sizes = {name: size * n_rows for name, size in row_nbytes.items()}
+        self.nbytes = sum(self._sizes.values())
         path = None
         if folder is not None and identity is not None and os.access(folder, os.W_OK):
             key = hashlib.sha256(json.dumps([FORMAT, identity, self._sizes], sort_keys=True).encode()).hexdigest()[:16]
             path = folder / f".rows-{key}"
         if path is None or not self._is_complete(path):
-            path = self._write(layout, lengths, pieces, path)
+            path = self._write(layout, pieces, path)
         self.path = path
-        self.nbytes = sum(self._sizes.values())
-        mapped = {name: _MappedFile(path / name) for name, size in self._sizes.items() if size}
-        self._row_numbers = mapped.pop("row_numbers")
-        self._row_numbers.tensor = self._row_numbers.tensor.view(th.int64).unsqueeze(1)
-        for name, file in mapped.items():
-            rows = file.tensor.view(th.float32 if name == "floats" else th.uint8).view(n_rows, layout.widths[name])
-            file.tensor = layout.overlapping(rows, name)
-        self._planes = mapped
+        # An episode's transitions lie as many rows further as there are episodes before it
+        self._episode_ends = th.from_numpy(np.cumsum(lengths))
+        self._files = {name: _RowFile(path / name, layout, name) for name, size in self._sizes.items() if size}
 
     def _is_complete(self, path: Path) -> bool:
         return all((path / name).is_file() and (path / name).stat().st_size == size for name, size in self._sizes.items())
 
-    def _write(self, layout: Layout, lengths: np.ndarray, pieces: Iterator[Piece], path: Path | None) -> Path:
+    def _write(self, layout: Layout, pieces: Iterator[Piece], path: Path | None) -> Path:
         temporary = Path(tempfile.mkdtemp(prefix=".rows-", dir=path.parent if path else None))
         try:
-            with (
-                open(temporary / "row_numbers", "wb") as numbers,
-                open(temporary / "floats", "wb") as floats,
-                open(temporary / "bytes", "wb") as images,
-            ):
+            with open(temporary / "floats", "wb") as floats, open(temporary / "bytes", "wb") as images:
                 files = {"floats": floats, "bytes": images}
-                first_row = 0
-                for length in lengths:
-                    np.arange(first_row, first_row + length).tofile(numbers)
-                    first_row += length + 1
                 for piece in pieces:
                     for name, rows in layout.encode(piece).items():
                         files[name].write(rows.data)
@@ -144,61 +128,76 @@ class DiskRows:
             shutil.rmtree(temporary, ignore_errors=True)
             if isinstance(error, OSError) and error.errno in NO_SPACE:
                 raise DiskFullError(
-                    f"The rows of the data set do not fit in {temporary.parent} ({sum(self._sizes.values())} bytes): "
-                    f"{error.strerror}. Free space there, or train without optimize_memory_usage."
+                    f"The rows of the data set do not fit in {temporary.parent} ({self.nbytes} bytes): {error.strerror}. "
+                    "Free space there, or train without optimize_memory_usage."
                 ) from error
             raise
         if path is None:
             weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
             return temporary
-        # Replaces files that were damaged; another process may have been faster, with the same content
-        if path.exists() and not self._is_complete(path):
-            shutil.rmtree(path)
-        try:
-            temporary.rename(path)
-        except OSError:
-            shutil.rmtree(temporary)
+        # Files that were damaged are replaced
+        shutil.rmtree(path, ignore_errors=True)
+        temporary.rename(path)
         return path
 
     def gather(self, indices: th.Tensor) -> dict[str, th.Tensor]:
-        gathered, places = self.gather_sorted(indices)
-        return {name: plane.index_select(0, places) for name, plane in gathered.items()}
+        gathered = self.new_buffers(len(indices))
+        places = self.gather_sorted(indices, gathered)
+        return {name: rows.index_select(0, places) for name, rows in gathered.items()}
 
-    def gather_sorted(self, indices: th.Tensor) -> tuple[dict[str, th.Tensor], th.Tensor]:
+    def new_buffers(self, n_transitions: int) -> dict[str, th.Tensor]:
+        """:return: for each plane, room for what ``gather`` returns"""
+        return {name: file.new_buffer(n_transitions) for name, file in self._files.items()}
+
+    def gather_sorted(self, indices: th.Tensor, out: dict[str, th.Tensor]) -> th.Tensor:
         """
         :param indices: numbers of transitions
-        :return: for each plane, the rows in the order of the files, each part of which is read once; and the place of each
-            index among them
+        :param out: see ``new_buffers``; gets the rows in the order of the files, each part of which is read once
+        :return: the place of each index in ``out``
         """
-        order = th.from_numpy(np.argsort(indices.numpy()))
+        # Sorting the indices with their positions in the low bits is faster than argsort
+        bits = len(indices).bit_length()
+        packed = th.from_numpy(np.sort(((indices << bits) | th.arange(len(indices))).numpy()))
+        ascending, order = packed >> bits, packed & (2**bits - 1)
         places = th.empty_like(order)
         places[order] = th.arange(len(order))
-        rows = self._row_numbers.gather(indices[order]).squeeze(1)
-        return {name: plane.gather(rows) for name, plane in self._planes.items()}, places
+        n_per_episode = th.searchsorted(ascending, self._episode_ends).diff(prepend=th.zeros(1, dtype=th.int64))
+        rows = ascending + th.repeat_interleave(n_per_episode)
+        for name, file in self._files.items():
+            file.gather(rows, out[name])
+        return places
 
 
-class _MappedFile:
-    def __init__(self, path: Path) -> None:
-        with open(path, "rb") as file:
-            # Private and never written: torch has no read-only tensors
-            self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
-        self.tensor = th.frombuffer(self._map, dtype=th.uint8)
+class _RowFile:
+    def __init__(self, path: Path, layout: Layout, name: str) -> None:
+        self._file = open(path, "rb", buffering=0)
+        dtype = th.float32 if name == "floats" else th.uint8
+        self._row_nbytes = layout.widths[name] * dtype.itemsize
+        # The last wanted row of a window needs the one after it
+        self._window_rows = max(_WINDOW // self._row_nbytes, 1)
+        self._buffer = memoryview(bytearray((self._window_rows + 1) * self._row_nbytes))
+        window = th.frombuffer(self._buffer, dtype=dtype).view(-1, layout.widths[name])
+        self._window = layout.overlapping(window, name)
 
-    def gather(self, rows: th.Tensor) -> th.Tensor:
+    def new_buffer(self, n_transitions: int) -> th.Tensor:
+        return self._window.new_empty((n_transitions, self._window.shape[1]))
+
+    def gather(self, rows: th.Tensor, out: th.Tensor) -> None:
         """
         :param rows: ascending
-        :return: these rows of ``tensor``
+        :param out: gets these rows, each with the columns of the next observation
         """
-        gathered = self.tensor.new_empty((len(rows), self.tensor.shape[1]))
-        blocks = rows * (self.tensor.stride(0) * self.tensor.element_size()) // _BLOCK
-        n_before = th.cat([th.zeros(1, dtype=th.int64), th.cumsum(blocks.diff() != 0, 0)])
-        starts = th.searchsorted(n_before, th.arange(0, int(n_before[-1]) + 1, _RESIDENT_BLOCKS)).tolist()
-        for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
-            th.index_select(self.tensor, 0, rows[start:stop], out=gathered[start:stop])
-            if hasattr(mmap, "MADV_DONTNEED"):
-                # Else the whole file becomes resident, bit by bit
-                self._map.madvise(mmap.MADV_DONTNEED)
-        return gathered
+        apart = (rows // self._window_rows).diff() != 0
+        apart |= rows.diff() * self._row_nbytes > _GAP
+        starts = [0, *(apart.nonzero().squeeze(1) + 1).tolist()]
+        firsts = rows[starts].tolist()
+        lasts = rows[[*(start - 1 for start in starts[1:]), len(rows) - 1]].tolist()
+        for start, stop, first, last in zip(starts, [*starts[1:], len(rows)], firsts, lasts, strict=True):
+            nbytes = (last + 2 - first) * self._row_nbytes
+            self._file.seek(first * self._row_nbytes)
+            if self._file.readinto(self._buffer[:nbytes]) != nbytes:
+                raise CorruptDatasetError(f"{self._file.name} has become shorter while it was read.")
+            th.index_select(self._window, 0, rows[start:stop] - first, out=out[start:stop])
 
 
 def draw(n_transitions: int, batch_size: int, generator: th.Generator) -> th.Tensor:
@@ -225,11 +224,13 @@ class ReadAhead:
     :param max_nbytes: upper bound of what is gathered at once, unless one batch is more
     """
 
-    def __init__(self, rows: DiskRows, n_transitions: int, row_nbytes: int, max_nbytes: int = 2**26) -> None:
+    def __init__(self, rows: DiskRows, n_transitions: int, row_nbytes: int, max_nbytes: int = 2**28) -> None:
         self._rows = rows
         self._n_transitions = n_transitions
-        self._max_transitions = max_nbytes // row_nbytes
+        self._max_transitions = min(max_nbytes // row_nbytes, n_transitions)
         self._batches: list[th.Tensor] = []
+        # Room for everything that is ever read ahead; what is not used takes no memory
+        self._buffers = rows.new_buffers(self._max_transitions)
         self._gathered: dict[str, th.Tensor] = {}
         self._places: list[th.Tensor] = []
         self._n_used = 0
@@ -243,7 +244,7 @@ class ReadAhead:
         batch = draw(self._n_transitions, batch_size, generator)
         if self._n_used == len(self._batches) or not th.equal(batch, self._batches[self._n_used]):
             foreseen_all = self._n_used == len(self._batches)
-            n_batches = 2 * len(self._batches) if foreseen_all and self._batches else 1
+            n_batches = 8 * len(self._batches) if foreseen_all and self._batches else 1
             self._read(batch, min(n_batches, max(self._max_transitions // batch_size, 1)), generator)
         places = self._places[self._n_used]
         self._n_used += 1
@@ -252,8 +253,9 @@ class ReadAhead:
     def _read(self, batch: th.Tensor, n_batches: int, generator: th.Generator) -> None:
         future = generator.clone_state()
         self._batches = [batch, *(draw(self._n_transitions, len(batch), future) for _ in range(n_batches - 1))]
-        # Release the old rows first, so that never both are held
-        self._gathered = {}
-        self._gathered, places = self._rows.gather_sorted(th.cat(self._batches).cpu())
-        self._places = list(places.split(len(batch)))
+        indices = th.cat(self._batches).cpu()
+        if len(indices) > len(next(iter(self._buffers.values()))):
+            self._buffers = self._rows.new_buffers(len(indices))
+        self._gathered = {name: buffer[: len(indices)] for name, buffer in self._buffers.items()}
+        self._places = list(self._rows.gather_sorted(indices, self._gathered).split(len(batch)))
         self._n_used = 0

@@ -15,24 +15,15 @@ from stable_baselines3.common.torch_layers import (
     CombinedExtractor,
     FlattenExtractor,
     NatureCNN,
-    create_mlp,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
+from sb3_ext.common.mlp import MLP, mlp
 
 # Bounds of the log standard deviation in the authors' code
 LOG_STD_MIN, LOG_STD_MAX = -4.0, 15.0
-
-
-def mlp(input_dim: int, output_dim: int, net_arch: list[int], activation_fn: type[nn.Module]) -> nn.Sequential:
-    """SB3's ``create_mlp``; its ReLUs work in place, since the layer before them does not need its output again."""
-    layers = create_mlp(input_dim, output_dim, net_arch, activation_fn)
-    for layer in layers:
-        if isinstance(layer, nn.ReLU):
-            layer.inplace = True
-    return nn.Sequential(*layers)
 
 
 class ActionVAE(BaseModel):
@@ -284,10 +275,9 @@ class ContinuousBCQPolicy(BCQPolicy):
             share_features_extractor=False,
             **self._update_features_extractor(self._net_kwargs()),
         )
-        for module in critic.q_networks:
-            for layer in module.children():
-                if isinstance(layer, nn.ReLU):
-                    layer.inplace = True
+        for index, q_network in enumerate(critic.q_networks):
+            critic.q_networks[index] = MLP(*q_network.children())
+            critic.add_module(f"qf{index}", critic.q_networks[index])
         return critic
 
     def clip_latents(self, latents: th.Tensor) -> th.Tensor:

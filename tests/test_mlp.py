@@ -1,0 +1,66 @@
+import copy
+
+import pytest
+import torch as th
+from torch import nn
+
+from sb3_ext.common import mlp as module
+from sb3_ext.common.mlp import MLP, mlp
+
+
+@pytest.fixture(params=[0, 2**60], ids=["oneDNN", "MKL"])
+def each_path(request, monkeypatch):
+    for name in ("_MIN_PRODUCT", "_MIN_PRODUCT_WITH_GRADIENT"):
+        monkeypatch.setattr(module, name, request.param)
+
+
+def reference(net):
+    """The same layers as a plain Sequential in float64."""
+    return nn.Sequential(*copy.deepcopy(list(net))).double()
+
+
+@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("net_arch", [[], [7], [16, 5]])
+def test_outputs_and_gradients_equal_those_of_the_layers(each_path, net_arch, activation_fn):
+    th.manual_seed(0)
+    net = mlp(3, 2, net_arch, activation_fn)
+    inputs = th.randn(9, 3, requires_grad=True)
+    inputs64 = inputs.detach().double().requires_grad_()
+    plain = reference(net)
+
+    with th.no_grad():
+        th.testing.assert_close(net(inputs).double(), plain(inputs64), rtol=1e-5, atol=1e-6)
+    outputs, expected = net(inputs), plain(inputs64)
+    th.testing.assert_close(outputs.double(), expected, rtol=1e-5, atol=1e-6)
+    weighting = th.arange(18.0).view(9, 2) - 7
+    gradients = th.autograd.grad((outputs * weighting).sum(), [inputs, *net.parameters()])
+    expected_gradients = th.autograd.grad((expected * weighting).sum(), [inputs64, *plain.parameters()])
+    for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
+        th.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_the_fast_operator_is_there():
+    # Where this fails, everything still works, but at the speed of MKL
+    assert (module._onednn_linear is not None) == th.backends.mkldnn.is_available()
+
+
+def test_layers_without_bias_and_others_in_between(each_path):
+    net = MLP(nn.Linear(3, 4, bias=False), nn.LayerNorm(4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.ReLU())
+    inputs = th.randn(5, 3)
+    th.testing.assert_close(net(inputs).double(), reference(net)(inputs.double()), rtol=1e-4, atol=1e-5)
+
+
+def test_a_copy_has_layers_of_its_own(each_path):
+    net = mlp(3, 2, [4])
+    copied = copy.deepcopy(net)
+    expected = net(th.ones(1, 3))
+    with th.no_grad():
+        copied[0].weight.zero_()
+        copied[2].bias.fill_(5.0)
+    th.testing.assert_close(net(th.ones(1, 3)), expected)
+    assert not th.allclose(copied(th.ones(1, 3)), expected)
+
+
+def test_other_types_take_the_plain_path():
+    net = mlp(3, 2, [4]).double()
+    assert net(th.ones(1, 3, dtype=th.float64)).dtype == th.float64

@@ -8,13 +8,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
 from gymnasium import spaces
 from offline_data import PENDULUM_SPACES, pendulum_episodes, write_dataset
 from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from sb3_ext import BCQ
 from sb3_ext.offline import errors, load_dataset
 
 PENDULUM = "Pendulum-v1"
@@ -27,19 +30,13 @@ def minari_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def load(source: Any, **kwargs: Any) -> str:
-    """:return: the message of the error that loading raises"""
+def assert_message(error: type[errors.DatasetError], source: Any, *parts: str, **kwargs: Any) -> None:
+    """Loading for Pendulum-v1 raises this very error, with a message that contains all parts."""
     with pytest.raises(errors.DatasetError) as caught:
         load_dataset(source, *PENDULUM_SPACES, env_id=PENDULUM, **kwargs)
-    load.error = type(caught.value)  # type: ignore[attr-defined]
-    return str(caught.value)
-
-
-def assert_message(error: type[errors.DatasetError], source: Any, *parts: str, **kwargs: Any) -> None:
-    message = load(source, **kwargs)
-    assert load.error is error, message  # type: ignore[attr-defined]
+    assert type(caught.value) is error, caught.value
     for part in parts:
-        assert part in message, message
+        assert part in str(caught.value)
 
 
 def test_exit_statuses_differ():
@@ -56,7 +53,8 @@ def test_unknown(source: Any, minari_root: Path):
     asked = "No data set was given" if source is None else f"'{source}'"
     commands = (
         "python -m rl_zoo3.train --algo sac --env Pendulum-v1 -f logs",
-        "python -m sb3_ext.offline.collect --algo sac --env Pendulum-v1 -f logs --n-episodes 500 --dataset-id Pendulum-v1/sac-v0",
+        "python -m sb3_ext.offline.collect --algo sac --env Pendulum-v1 -f logs --n-episodes 500 "
+        "--dataset-id Pendulum-v1/sac-v0",
         "python -m rl_zoo3.train --algo bcq --env Pendulum-v1 -params dataset:\"'Pendulum-v1/sac-v0'\"",
     )
     shipped = "sb3-ext/cartpole/replay-v0, sb3-ext/pendulum/replay-v0"
@@ -93,15 +91,15 @@ def test_damaged_compressed_data(tmp_path: Path, dataset: Path):
         del file["episode_0/observations"]
         values = np.zeros((4, 3), np.float32)
         file.create_dataset("episode_0/observations", data=values, chunks=(4, 3), compression="gzip", fletcher32=True)
-        self_offset.append(file["episode_0/observations"].id.get_chunk_info(0).byte_offset)
+        offsets.append(file["episode_0/observations"].id.get_chunk_info(0).byte_offset)
 
-    self_offset: list[int] = []
+    offsets: list[int] = []
     damage(dataset, compress)
     load_dataset(dataset, *PENDULUM_SPACES)
     with open(dataset / "data" / "main_data.hdf5", "r+b") as file:
-        file.seek(self_offset[0] + 3)
+        file.seek(offsets[0] + 3)
         byte = file.read(1)[0]
-        file.seek(self_offset[0] + 3)
+        file.seek(offsets[0] + 3)
         file.write(bytes([byte ^ 1]))
     assert_message(errors.CorruptDatasetError, dataset, "damaged")
 
@@ -215,7 +213,7 @@ def test_discrete_data_for_a_continuous_environment(tmp_path: Path):
 
 
 def test_continuous_data_for_a_discrete_environment(dataset: Path):
-    with pytest.raises(errors.ActionTypeError, match="continuous actions, Box.* discrete, Discrete"):
+    with pytest.raises(errors.ActionTypeError, match=r"continuous actions, Box.* discrete, Discrete"):
         load_dataset(dataset, PENDULUM_SPACES[0], spaces.Discrete(2))
 
 
@@ -271,6 +269,7 @@ def test_no_room_for_rows_on_disk(dataset: Path):
     code = """
 import resource, sys
 from gymnasium import make
+from sb3_ext import BCQ
 from sb3_ext.offline import errors, load_dataset
 env = make("Pendulum-v1")
 resource.setrlimit(resource.RLIMIT_FSIZE, (50, 50))
@@ -282,6 +281,14 @@ except errors.DiskFullError as error:
     process = subprocess.run([sys.executable, "-c", code, dataset], capture_output=True, text=True, check=False)
     assert "do not fit" in process.stdout, process.stderr
     assert list(dataset.glob(".rows-*")) == []
+
+
+def test_normalised_observations_of_the_training_environment(dataset: Path):
+    env = VecNormalize(DummyVecEnv([lambda: gym.make(PENDULUM)]), norm_obs=True)
+    with pytest.raises(errors.NormalizedEnvError, match=r"norm_obs=False"):
+        BCQ("MlpPolicy", env, dataset)
+    rewards_only = VecNormalize(DummyVecEnv([lambda: gym.make(PENDULUM)]), norm_obs=False)
+    BCQ("MlpPolicy", rewards_only, dataset)
 
 
 def train(dataset: str, cwd: Path) -> subprocess.CompletedProcess[str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch as th
 from stable_baselines3.common.torch_layers import create_mlp
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # On CPU, torch sends Linear layers to MKL, which leaves out AVX-512 on processors that are not Intel's: there oneDNN, which
@@ -14,48 +16,39 @@ from torch.nn import functional as F
 # The operator is the one that torch.compile uses; without it, layers are computed as usual.
 _onednn_linear: Any = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.backends.mkldnn.is_available() else None
 
-# Products with fewer multiplications than these are as fast in MKL, or faster, because calling it costs less
-_MIN_PRODUCT = 2**22
-_MIN_PRODUCT_WITH_GRADIENT = 2**23
+# Products with fewer multiplications than this are as fast in MKL, because calling it costs less
+_MIN_PRODUCT = 2**21
 
 
 class MLP(nn.Sequential):
     """
-    A sequence of layers that behaves as ``nn.Sequential`` and computes ``Linear`` layers, with the ReLUs behind them, faster.
+    A sequence of layers that behaves as ``nn.Sequential``, and is faster on CPU if it has ``Linear`` and ``ReLU`` layers only.
+
+    Hooks of the single layers are not called, and layers must not be replaced later.
 
     :param layers: As ``create_mlp`` returns them
     """
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
-        # Each layer, without the ReLUs behind Linear layers, and whether there is one
-        self._steps: list[tuple[nn.Module, bool]] = []
-        for layer in layers:
-            if isinstance(layer, nn.ReLU) and self._steps and isinstance(self._steps[-1][0], nn.Linear):
-                self._steps[-1] = (self._steps[-1][0], True)
-            else:
-                self._steps.append((layer, False))
+        self._linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        # Linear, ReLU, Linear, ReLU, ..., Linear
+        alternating = [nn.ReLU if index % 2 else nn.Linear for index in range(2 * len(self._linears) - 1)]
+        self._is_plain = [type(layer) for layer in layers] == alternating and all(
+            linear.bias is not None for linear in self._linears
+        )
 
     def forward(self, inputs: th.Tensor) -> th.Tensor:
         """
         :param inputs: (batch, input_dim)
         :return: (batch, output_dim)
         """
-        onednn = _onednn_linear is not None and inputs.device.type == "cpu" and inputs.dtype == th.float32
-        min_product = _MIN_PRODUCT_WITH_GRADIENT if th.is_grad_enabled() else _MIN_PRODUCT
-        outputs = inputs
-        for layer, relu in self._steps:
-            if not isinstance(layer, nn.Linear):
-                outputs = layer(outputs)
-                continue
-            if onednn and len(inputs) * layer.weight.numel() >= min_product:
-                outputs = _OneDNNLinear.apply(outputs, layer.weight, layer.bias, relu)
-            else:
-                outputs = F.linear(outputs, layer.weight, layer.bias)
-                if relu:
-                    # In place: Linear does not need its output in the backward pass
-                    outputs = F.relu_(outputs)
-        return outputs
+        if not (self._is_plain and inputs.device.type == "cpu" and inputs.dtype == th.float32 and inputs.dim() == 2):
+            return super().forward(inputs)
+        parameters = [parameter for linear in self._linears for parameter in (linear.weight, linear.bias)]
+        if th.is_grad_enabled():
+            return _MLPFunction.apply(inputs, *parameters)
+        return _activations(inputs, parameters)[-1]
 
 
 def mlp(input_dim: int, output_dim: int, net_arch: list[int], activation_fn: type[nn.Module] = nn.ReLU) -> MLP:
@@ -69,22 +62,59 @@ def mlp(input_dim: int, output_dim: int, net_arch: list[int], activation_fn: typ
     return MLP(*create_mlp(input_dim, output_dim, net_arch, activation_fn))
 
 
-class _OneDNNLinear(th.autograd.Function):
-    """``Linear``, and ReLU if so desired, with gradients."""
+def _multiply(left: th.Tensor, right: th.Tensor, bias: th.Tensor | None = None, relu: bool = False) -> th.Tensor:
+    """
+    :param left: (n, k)
+    :param right: (m, k)
+    :param bias: (m,)
+    :param relu: Whether to set negative results to 0
+    :return: ``left @ right.T + bias``, (n, m)
+    """
+    if _onednn_linear is not None and left.numel() * right.shape[0] >= _MIN_PRODUCT:
+        return _onednn_linear(left, right, bias, "relu" if relu else "none", [], "")
+    product = F.linear(left, right, bias)
+    return product.relu_() if relu else product
+
+
+def _activations(inputs: th.Tensor, parameters: Sequence[th.Tensor]) -> list[th.Tensor]:
+    """
+    :param inputs: (batch, input_dim)
+    :param parameters: Weight and bias of each layer
+    :return: The inputs and the output of each layer, after its ReLU
+    """
+    activations = [inputs]
+    for index in range(0, len(parameters), 2):
+        is_last = index == len(parameters) - 2
+        activations.append(_multiply(activations[-1], parameters[index], parameters[index + 1], relu=not is_last))
+    return activations
+
+
+class _MLPFunction(th.autograd.Function):
+    """All layers as one node of the graph: for small layers, the nodes cost more than the products."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: th.Tensor, weight: th.Tensor, bias: th.Tensor, relu: bool) -> th.Tensor:
-        outputs = _onednn_linear(inputs, weight, bias, "relu" if relu else "none", [], "")
-        ctx.relu = relu
-        ctx.save_for_backward(inputs, weight, *([outputs] if relu else []))
-        return outputs
+    def forward(ctx: Any, inputs: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
+        activations = _activations(inputs, parameters)
+        ctx.save_for_backward(*activations[:-1], *parameters[::2])
+        return activations[-1]
 
     @staticmethod
-    def backward(ctx: Any, *grads: th.Tensor) -> tuple[th.Tensor | None, ...]:
-        (grad,) = grads
-        inputs, weight, *outputs = ctx.saved_tensors
-        if ctx.relu:
-            grad = th.ops.aten.threshold_backward(grad, outputs[0], 0)
-        grad_inputs = _onednn_linear(grad, weight.t(), None, "none", [], "") if ctx.needs_input_grad[0] else None
-        grad_weight = _onednn_linear(grad.t(), inputs.t(), None, "none", [], "") if ctx.needs_input_grad[1] else None
-        return grad_inputs, grad_weight, grad.sum(0) if ctx.needs_input_grad[2] else None, None
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: th.Tensor) -> tuple[th.Tensor | None, ...]:
+        n_layers = len(ctx.saved_tensors) // 2
+        activations, weights = ctx.saved_tensors[:n_layers], ctx.saved_tensors[n_layers:]
+        grad = grad_outputs[0]
+        grads: list[th.Tensor | None] = [None] * (1 + 2 * n_layers)
+        for layer in reversed(range(n_layers)):
+            if ctx.needs_input_grad[1 + 2 * layer]:
+                grads[1 + 2 * layer] = _multiply(grad.t(), activations[layer].t())
+            if ctx.needs_input_grad[2 + 2 * layer]:
+                grads[2 + 2 * layer] = grad.sum(0)
+            if not any(ctx.needs_input_grad[: 1 + 2 * layer]):
+                break
+            grad = _multiply(grad, weights[layer].t())
+            if layer > 0:
+                grad = th.ops.aten.threshold_backward(grad, activations[layer], 0)
+        if ctx.needs_input_grad[0]:
+            grads[0] = grad
+        return tuple(grads)

@@ -105,7 +105,9 @@ class Layout:
         # Counted from zero, so that float32 holds every discrete action exactly
         start = self.action_space.start if isinstance(self.action_space, spaces.Discrete) else 0
         floats[:n_steps, column : column + self.action_dim] = actions - start
-        floats[:n_steps, -2] = piece.rewards
+        # The values have been checked, and too large ones are reported when all are read
+        with np.errstate(over="ignore"):
+            floats[:n_steps, -2] = piece.rewards
         floats[:n_steps, -1] = piece.terminations
         rows = {"floats": floats}
         if self.byte_parts:

@@ -6,7 +6,9 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+import yaml
 from algo_cases import random_replay_buffer
+from conftest import PROJECT
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
@@ -351,6 +353,21 @@ def test_learns_the_best_of_the_continuous_actions_in_the_data():
     free = mean_return(OffsetEnv, behaviour, perturbation_scale=1.0, **kwargs)
     assert constrained > 13.0
     assert free < 5.0
+
+
+@pytest.mark.parametrize(
+    ("env_id", "n_updates", "behaviour", "threshold"),
+    [("CartPole-v1", 16_000, (100, 300), 475), ("Pendulum-v1", 4_000, (-900, -400), -250)],
+)
+def test_shipped_data_and_hyperparameters_beat_the_behaviour(env_id, n_updates, behaviour, threshold):
+    settings = yaml.safe_load((PROJECT / "hyperparams" / "bcq.yml").read_text())[env_id]
+    assert settings.pop("n_timesteps") >= n_updates
+    settings["policy_kwargs"] = eval(settings.get("policy_kwargs", "None"))
+    model = BCQ(env=make_vec_env(env_id), seed=0, device="cpu", **settings)
+    low, high = behaviour
+    assert low <= model.transitions.metadata["mean_return"] <= high
+    test_env = make_vec_env(env_id, n_envs=10, seed=100)
+    assert evaluate_policy(model.learn(n_updates), test_env, n_eval_episodes=20)[0] >= threshold
 
 
 # ---- Parameters and data ----

@@ -11,4 +11,5 @@ myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 autodoc_typehints = "none"
 html_theme = "sphinx_rtd_theme"
-exclude_patterns = ["_build"]
+# Included by the pages of the algorithms
+exclude_patterns = ["_build", "results"]

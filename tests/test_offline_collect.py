@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from stable_baselines3 import PPO
-from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_ext.offline import collect, errors, load_dataset
@@ -145,6 +145,7 @@ def noise_of(dataset: minari.MinariDataset) -> np.ndarray:
 def test_normal_noise():
     noise = noise_of(run(*PENDULUM, "--n-episodes", "20", "--noise-type", "normal", "--noise-std", "0.1"))
     assert noise.std() == pytest.approx(0.1, rel=0.15)
+    assert abs(np.corrcoef(noise[0], noise[1])[0, 1]) < 0.7, "each round draws its own"
     assert abs(np.corrcoef(noise[:, :-1].ravel(), noise[:, 1:].ravel())[0, 1]) < 0.2
 
 
@@ -311,6 +312,27 @@ def test_while_learning():
     assert without_output(content("data"), "data") == without_output(content("again"), "again")
 
 
+def test_interrupted_while_learning(monkeypatch: pytest.MonkeyPatch):
+    """Learning starts again from its beginning, and nothing is left of the first attempt."""
+    arguments = ["--algo", "ppo", "--env", "CartPole-v1", "--while-learning", "300", "--n-ref-episodes", "1"]
+
+    class FullStore(collect.EpisodeStore):
+        def add(self, index: int, episode: Episode, seed: int | None) -> None:
+            # Leaves an episode that the second attempt has no such number for
+            super().add(index + 1000, episode, seed)
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(collect, "EpisodeStore", FullStore)
+        with pytest.raises(KeyboardInterrupt):
+            run(*arguments)
+    assert len(list(Path(".data.partial", "episodes").iterdir())) == 1
+    assert not Path("data").exists()
+    run(*arguments)
+    run(*arguments, output="undisturbed")
+    assert without_output(content("data"), "data") == without_output(content("undisturbed"), "undisturbed")
+
+
 def test_while_learning_off_policy():
     dataset = run("--algo", "dqn", "--env", "CartPole-v1", "--while-learning", "256", "--n-ref-episodes", "1")
     assert dataset.total_steps == 256
@@ -331,6 +353,12 @@ def test_images_are_recorded_as_the_environment_gives_them():
     assert recorder.observation_space.shape == (36, 40, 3)
     assert episodes[0].observations[""].shape == (len(episodes[0]) + 1, 36, 40, 3)
     np.testing.assert_array_equal(episodes[0].observations[""].transpose(0, 3, 1, 2), np.concatenate(observations))
+
+
+def test_recorded_below_all_that_changes_observations():
+    plain: Any = DummyVecEnv([SimpleMultiObsEnv])
+    for env in (VecTransposeImage(VecNormalize(plain, norm_obs_keys=["vec"])), VecTransposeImage(plain)):
+        assert insert_recorder(env, lambda *_: None)[1].venv is plain
 
 
 def test_normalised_and_stacked_observations_are_refused():

@@ -370,9 +370,10 @@ def collect_learning(args: argparse.Namespace, target: Path, metadata: dict[str,
         assert experiment is not None, "the manager returns no model only when it optimises hyperparameters"
         model = experiment[0]
         manager.learn(model)
-        manager.recorder.finish()
         if model.num_timesteps < args.while_learning:
+            # The manager has taken the interrupt for the wish to end the training early
             raise KeyboardInterrupt
+        manager.recorder.finish()
         if len(store) == 0:
             raise EmptyDatasetError(
                 f"{args.algo} does not act in the environment while it learns: there is nothing to record."

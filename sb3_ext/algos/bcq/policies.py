@@ -17,6 +17,7 @@ from stable_baselines3.common.torch_layers import (
     NatureCNN,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.dqn.policies import QNetwork
 from torch import nn
 
 from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
@@ -32,33 +33,20 @@ class ActionVAE(BaseModel):
 
     Actions are scaled to [-1, 1].
 
-    :param observation_space: Observation space
-    :param action_space: Action space
     :param net_arch: Hidden layers of the encoder and of the decoder
     :param latent_dim: Size of the latent vector
-    :param features_extractor: Network to extract features
     :param features_dim: Number of features
     :param activation_fn: Activation function
-    :param normalize_images: Whether to normalize images or not, dividing by 255.0
+    :param kwargs: Arguments of ``BaseModel``: spaces, features extractor, whether images are normalized
     """
 
     features_extractor: BaseFeaturesExtractor
 
     def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Box,
-        net_arch: list[int],
-        latent_dim: int,
-        features_extractor: BaseFeaturesExtractor,
-        features_dim: int,
-        activation_fn: type[nn.Module] = nn.ReLU,
-        normalize_images: bool = True,
+        self, net_arch: list[int], latent_dim: int, features_dim: int, activation_fn: type[nn.Module], **kwargs: Any
     ) -> None:
-        super().__init__(
-            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
-        )
-        action_dim = get_action_dim(action_space)
+        super().__init__(**kwargs)
+        action_dim = get_action_dim(self.action_space)
         self.encoder = mlp(features_dim + action_dim, 2 * latent_dim, net_arch, activation_fn)
         self.decoder = mlp(features_dim + latent_dim, action_dim, net_arch, activation_fn)
 
@@ -84,34 +72,21 @@ class Perturbation(BaseModel):
     """
     Moves an action by at most ``scale`` in each dimension (Fujimoto et al. 2019, Eq. 14).
 
-    :param observation_space: Observation space
-    :param action_space: Action space
     :param net_arch: Hidden layers
     :param scale: Largest change of an action, in units of half the action range
-    :param features_extractor: Network to extract features
     :param features_dim: Number of features
     :param activation_fn: Activation function
-    :param normalize_images: Whether to normalize images or not, dividing by 255.0
+    :param kwargs: Arguments of ``BaseModel``: spaces, features extractor, whether images are normalized
     """
 
     features_extractor: BaseFeaturesExtractor
 
     def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Box,
-        net_arch: list[int],
-        scale: float,
-        features_extractor: BaseFeaturesExtractor,
-        features_dim: int,
-        activation_fn: type[nn.Module] = nn.ReLU,
-        normalize_images: bool = True,
+        self, net_arch: list[int], scale: float, features_dim: int, activation_fn: type[nn.Module], **kwargs: Any
     ) -> None:
-        super().__init__(
-            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
-        )
+        super().__init__(**kwargs)
         self.scale = scale
-        action_dim = get_action_dim(action_space)
+        action_dim = get_action_dim(self.action_space)
         self.net = mlp(features_dim + action_dim, action_dim, net_arch, activation_fn)
 
     def forward(self, features: th.Tensor, actions: th.Tensor) -> th.Tensor:
@@ -167,6 +142,14 @@ class BCQPolicy(FlatParametersMixin, BasePolicy):
         )
         self.net_arch = net_arch
         self.activation_fn = activation_fn
+
+    def _net_kwargs(self) -> dict[str, Any]:
+        return {
+            "observation_space": self.observation_space,
+            "action_space": self.action_space,
+            "activation_fn": self.activation_fn,
+            "normalize_images": self.normalize_images,
+        }
 
     def make_optimizer(self, flat: FlatParameters, lr_schedule: Schedule) -> th.optim.Optimizer:
         return self.optimizer_class([flat.tensor], lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
@@ -260,14 +243,6 @@ class ContinuousBCQPolicy(BCQPolicy):
         self.register_buffer("action_low", th.as_tensor(self.action_space.low.reshape(-1), dtype=th.float32))
         self.register_buffer("action_high", th.as_tensor(self.action_space.high.reshape(-1), dtype=th.float32))
 
-    def _net_kwargs(self) -> dict[str, Any]:
-        return {
-            "observation_space": self.observation_space,
-            "action_space": self.action_space,
-            "activation_fn": self.activation_fn,
-            "normalize_images": self.normalize_images,
-        }
-
     def _make_critic(self) -> ContinuousCritic:
         critic = ContinuousCritic(
             net_arch=self.net_arch,
@@ -360,44 +335,6 @@ class ConvFeatures(NatureCNN):
         return self.cnn(observations.contiguous(memory_format=th.channels_last))
 
 
-class QNetwork(BaseModel):
-    """
-    Values of all actions.
-
-    :param observation_space: Observation space
-    :param action_space: Action space
-    :param net_arch: Hidden layers
-    :param features_extractor: Network to extract features
-    :param features_dim: Number of features
-    :param activation_fn: Activation function
-    :param normalize_images: Whether to normalize images or not, dividing by 255.0
-    """
-
-    features_extractor: BaseFeaturesExtractor
-
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Discrete,
-        net_arch: list[int],
-        features_extractor: BaseFeaturesExtractor,
-        features_dim: int,
-        activation_fn: type[nn.Module] = nn.ReLU,
-        normalize_images: bool = True,
-    ) -> None:
-        super().__init__(
-            observation_space, action_space, features_extractor=features_extractor, normalize_images=normalize_images
-        )
-        self.q_net = mlp(features_dim, int(action_space.n), net_arch, activation_fn)
-
-    def forward(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        :param obs: Batch of observations
-        :return: (batch, n_actions)
-        """
-        return self.q_net(self.extract_features(obs, self.features_extractor))
-
-
 class DiscreteBCQPolicy(BCQPolicy):
     """
     Policy of BCQ for ``Discrete`` actions (Fujimoto et al. 2019b).
@@ -431,15 +368,9 @@ class DiscreteBCQPolicy(BCQPolicy):
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        net_kwargs = self._update_features_extractor({})
-        self.q_net = QNetwork(
-            self.observation_space,
-            self.action_space,
-            self.net_arch,
-            activation_fn=self.activation_fn,
-            normalize_images=self.normalize_images,
-            **net_kwargs,
-        )
+        net_kwargs = self._update_features_extractor(self._net_kwargs())
+        self.q_net = QNetwork(net_arch=self.net_arch, **net_kwargs)
+        self.q_net.q_net = MLP(*self.q_net.q_net.children())
         self.imitation_net = mlp(net_kwargs["features_dim"], int(self.action_space.n), self.net_arch, self.activation_fn)
         self.q_net_target = deepcopy(self.q_net)
         self.q_net_target.requires_grad_(False)

@@ -231,7 +231,7 @@ class BCQ(OfflineAlgorithm):
     @th.no_grad()
     def _continuous_target(self, replay_data: Samples) -> th.Tensor:
         """
-        Value of the best candidate action in the next state (Eq. 13), (batch,).
+        Value of the best candidate action in the next state, (batch,).
 
         ``dones`` is set by termination only: a truncated episode goes on in the target.
         """
@@ -255,7 +255,7 @@ class BCQ(OfflineAlgorithm):
         return (policy.q_values(policy.critic, features, actions) - target_q_values).square().mean(dim=1).sum()
 
     def _perturbation_loss(self, observations: PyTorchObs) -> th.Tensor:
-        """Deterministic policy gradient through the first critic (Eq. 14)."""
+        """Deterministic policy gradient through the first critic."""
         policy = cast(ContinuousBCQPolicy, self.policy)
         vae, perturbation, critic = policy.vae, policy.perturbation, policy.critic
         # Neither the generative model nor the critic learns from this loss

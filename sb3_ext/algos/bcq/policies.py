@@ -29,7 +29,7 @@ LOG_STD_MIN, LOG_STD_MAX = -4.0, 15.0
 
 class ActionVAE(BaseModel):
     """
-    Conditional variational autoencoder of the data's actions, p(a | s) (Fujimoto et al. 2019, Section 4).
+    Conditional variational autoencoder of the data's actions, p(a | s) (Fujimoto et al. 2019, Algorithm 1).
 
     Actions are scaled to [-1, 1].
 
@@ -70,7 +70,7 @@ class ActionVAE(BaseModel):
 
 class Perturbation(BaseModel):
     """
-    Moves an action by at most ``scale`` in each dimension (Fujimoto et al. 2019, Eq. 14).
+    Moves an action by at most ``scale`` in each dimension (Fujimoto et al. 2019, Algorithm 1).
 
     :param net_arch: Hidden layers
     :param scale: Largest change of an action, in units of half the action range
@@ -389,7 +389,7 @@ class DiscreteBCQPolicy(BCQPolicy):
 
     def constrained_argmax(self, q_values: th.Tensor, logits: th.Tensor) -> th.Tensor:
         """
-        The best of the actions that the data make likely (Fujimoto et al. 2019b, Eq. 17).
+        The best of the actions that the data make likely (Fujimoto et al. 2019b, Algorithm 1).
 
         The comparison is made between log-probabilities, whose differences are those of the logits.
 

@@ -38,8 +38,7 @@ class BCQ(OfflineAlgorithm):
     Learning Algorithms" (https://arxiv.org/abs/1910.01708, Algorithm 1). An imitation head excludes unlikely actions, a
     double Q-network chooses. Reference code: https://github.com/sfujim/BCQ. The documentation lists where we differ.
 
-    Where no environment id is named in ``hyperparams/bcq.yml``, the defaults are those of the papers for vector
-    observations and ``Box`` actions.
+    The defaults are those of the first paper; ``hyperparams/bcq.yml`` has settings for Discrete actions and for pixels.
 
     :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
     :param env: The environment whose spaces the data must fit (if registered in Gym, can be str)

@@ -49,7 +49,6 @@ def test_gradients_only_where_they_are_wanted(each_path):
     plain[2].weight.requires_grad_(True)
     (expected,) = th.autograd.grad(plain(inputs.detach().double()).sum(), plain[2].weight)
     th.testing.assert_close(gradient.double(), expected, rtol=1e-4, atol=1e-5)
-    assert not net(inputs.detach()).sum().requires_grad or net[0].weight.grad is None
 
 
 def test_the_fast_operator_is_there():

@@ -442,7 +442,3 @@ class DiscreteMultiInputPolicy(DiscreteBCQPolicy):
         self, *args: Any, features_extractor_class: type[BaseFeaturesExtractor] = CombinedExtractor, **kwargs: Any
     ) -> None:
         super().__init__(*args, features_extractor_class=features_extractor_class, **kwargs)
-
-
-ContinuousMlpPolicy = ContinuousBCQPolicy
-DiscreteMlpPolicy = DiscreteBCQPolicy

@@ -9,11 +9,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sb3_ext.algos.bcq import BCQ
+    from sb3_ext.algos.npg import NPG
+    from sb3_ext.algos.reinforce import REINFORCE
+    from sb3_ext.algos.trpo import TRPO
+    from sb3_ext.algos.vpg import VPG
     from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 
-__all__ = ["BCQ", "OfflineAlgorithm", "__version__"]
+__all__ = ["BCQ", "NPG", "REINFORCE", "TRPO", "VPG", "OfflineAlgorithm", "__version__"]
 
-_MODULES = {"BCQ": "sb3_ext.algos.bcq", "OfflineAlgorithm": "sb3_ext.common.offline_algorithm"}
+_MODULES = {
+    "BCQ": "sb3_ext.algos.bcq",
+    "NPG": "sb3_ext.algos.npg",
+    "REINFORCE": "sb3_ext.algos.reinforce",
+    "TRPO": "sb3_ext.algos.trpo",
+    "VPG": "sb3_ext.algos.vpg",
+    "OfflineAlgorithm": "sb3_ext.common.offline_algorithm",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -11,12 +11,13 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from gymnasium import spaces
+from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.envs import FakeImageEnv, IdentityEnv, IdentityEnvBox, SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ext import BCQ
+from sb3_ext import BCQ, NPG, REINFORCE, TRPO, VPG
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 
 
@@ -42,19 +43,36 @@ class AlgoCase:
     def make(self, env: gym.Env | VecEnv, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
         kwargs = {"seed": 0, "device": "cpu", **self.kwargs, **kwargs}
         model_env = self.algo._wrap_env(env)
-        if issubclass(self.algo, OfflineAlgorithm):
+        if self.is_offline:
             kwargs.setdefault("dataset", random_replay_buffer(model_env))
         return self.algo(policy, model_env, **kwargs)
 
+    @property
+    def is_offline(self) -> bool:
+        return issubclass(self.algo, OfflineAlgorithm)
+
     def vector_env(self) -> gym.Env:
-        """Vector observations, episodes of 20 steps that end by termination."""
-        return IdentityEnv(dim=3, ep_length=20) if self.actions is spaces.Discrete else IdentityEnvBox(ep_length=20)
+        """Vector observations, episodes of 5 steps that end by termination."""
+        return IdentityEnv(dim=3, ep_length=5) if self.actions is spaces.Discrete else IdentityEnvBox(ep_length=5)
 
     def image_env(self) -> gym.Env:
-        return FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=self.actions is spaces.Discrete)
+        """Images, episodes of 5 steps that end by truncation."""
+        discrete = self.actions is spaces.Discrete
+        return TimeLimit(FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=discrete), 5)
 
     def dict_env(self) -> gym.Env:
-        return SimpleMultiObsEnv(discrete_actions=self.actions is spaces.Discrete, random_start=False)
+        """Vectors and images, episodes of 5 steps that end by truncation."""
+        return TimeLimit(SimpleMultiObsEnv(discrete_actions=self.actions is spaces.Discrete, random_start=False), 5)
+
+
+class TupleActionEnv(gym.Env):
+    """An action space that no algorithm supports."""
+
+    observation_space = spaces.Box(-1.0, 1.0, (2,))
+    action_space = spaces.Tuple((spaces.Discrete(2), spaces.Discrete(2)))  # type: ignore[assignment]
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
+        return np.zeros(2, np.float32), {}
 
 
 def random_replay_buffer(env: VecEnv, n_steps: int = 100, seed: int = 0) -> ReplayBuffer:
@@ -104,9 +122,25 @@ SMALL_BCQ_DISCRETE = {"batch_size": 8, "policy_kwargs": {"net_arch": [16]}}
 BCQ_BOX_KEYS = frozenset({"train/vae_loss", "train/critic_loss", "train/perturbation_loss"})
 BCQ_DISCRETE_KEYS = frozenset({"train/q_loss", "train/imitation_loss"})
 
+SMALL_ACTOR_CRITIC = {"n_steps": 6, "policy_kwargs": {"net_arch": [16]}}
+SMALL_VPG = {**SMALL_ACTOR_CRITIC, "n_critic_updates": 2, "learning_rate": 1e-2}
+SMALL_REINFORCE = {**SMALL_ACTOR_CRITIC, "learning_rate": 1e-2}
+SMALL_TRPO = {**SMALL_ACTOR_CRITIC, "n_critic_updates": 2, "batch_size": 4}
+VPG_KEYS = frozenset({"train/policy_loss", "train/entropy_loss", "train/kl_divergence_loss", "train/value_loss"})
+REINFORCE_KEYS = VPG_KEYS - {"train/value_loss"} | {"train/complete_fraction"}
+TRPO_KEYS = frozenset({"train/policy_objective", "train/kl_divergence_loss", "train/value_loss", "train/is_step_taken"})
+
 CASES: list[AlgoCase] = [
     AlgoCase(BCQ, spaces.Box, SMALL_BCQ_BOX, BCQ_BOX_KEYS),
     AlgoCase(BCQ, spaces.Discrete, SMALL_BCQ_DISCRETE, BCQ_DISCRETE_KEYS),
+    AlgoCase(VPG, spaces.Box, SMALL_VPG, VPG_KEYS),
+    AlgoCase(VPG, spaces.Discrete, SMALL_VPG, VPG_KEYS),
+    AlgoCase(REINFORCE, spaces.Box, SMALL_REINFORCE, REINFORCE_KEYS),
+    AlgoCase(REINFORCE, spaces.Discrete, SMALL_REINFORCE, REINFORCE_KEYS),
+    AlgoCase(NPG, spaces.Box, SMALL_TRPO, TRPO_KEYS),
+    AlgoCase(NPG, spaces.Discrete, SMALL_TRPO, TRPO_KEYS),
+    AlgoCase(TRPO, spaces.Box, SMALL_TRPO, TRPO_KEYS),
+    AlgoCase(TRPO, spaces.Discrete, SMALL_TRPO, TRPO_KEYS),
 ]
 
 COMMON_LOG_KEYS = frozenset({"time/fps", "time/total_timesteps", "train/learning_rate", "train/n_updates"})

@@ -12,6 +12,7 @@ from conftest import PROJECT
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import IdentityEnvMultiDiscrete
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
@@ -430,3 +431,8 @@ def test_batches_bootstrap_on_truncation_but_not_on_termination():
     model = BCQ("MlpPolicy", env, data, seed=0, device="cpu")
     batch: ReplayBufferSamples = model.transitions.sample(500, model.batch_generator)
     assert batch.dones.sum() == 0
+
+
+def test_multi_discrete_actions_are_not_supported():
+    with pytest.raises(ValueError, match=r"BCQ supports Box or Discrete action spaces, but got MultiDiscrete"):
+        BCQ("MlpPolicy", IdentityEnvMultiDiscrete(dim=2))

@@ -20,8 +20,9 @@ def test_samples_are_arguments_and_convert_back(algorithm, n_actions):
         sampled = sample(trial, n_actions, 1, {})
         assert set(sampled) <= set(accepted)
         assert 0 < sampled["gamma"] < 1
-        assert sampled["gamma"] == trial.user_attrs["gamma"]
-        assert sampled["batch_size"] == trial.user_attrs["batch_size"]
+        # What is stored in another unit is shown in the unit of the constructor
+        for shown in {"gamma", "batch_size", "n_steps"} & set(sampled):
+            assert sampled[shown] == trial.user_attrs[shown]
         assert convert(trial.params) == sampled
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch as th
@@ -21,28 +23,32 @@ class FlatParameters:
 
     Kernels of convolutions are laid out channels-last, which is what makes convolutions on CPU faster.
 
-    :param modules: Modules whose parameters are taken over, in this order; a parameter that occurs twice is taken once.
+    :param modules: Modules whose parameters are taken over, or single parameters, in this order; a parameter that occurs
+        twice is taken once.
     :raises ValueError: if the modules have no parameters or parameters of several types or devices.
     """
 
-    def __init__(self, *modules: nn.Module) -> None:
-        self.params = list(dict.fromkeys(param for module in modules for param in module.parameters()))
+    def __init__(self, *modules: nn.Module | nn.Parameter) -> None:
+        params = (module.parameters() if isinstance(module, nn.Module) else [module] for module in modules)
+        self.params = list(dict.fromkeys(chain.from_iterable(params)))
         if len({(param.dtype, param.device) for param in self.params}) != 1:
             raise ValueError("FlatParameters needs modules whose parameters share one dtype and one device.")
         # The leaf that the optimizer sees. It is no part of any module: the modules' own parameters are what is saved.
         self.tensor = nn.Parameter(th.empty(0, dtype=self.params[0].dtype))
         self.bind()
 
+    @property
+    def is_bound(self) -> bool:
+        """Whether the parameters are still views of ``tensor``."""
+        memory = self.tensor.untyped_storage().data_ptr()
+        return all(param.untyped_storage().data_ptr() == memory for param in self.params)
+
     def bind(self) -> None:
         """Copy the parameters' current values into one new tensor and make the parameters views of it."""
         self.tensor.grad = None
-        self.tensor.data = th.cat([_in_memory_order(param.data).reshape(-1) for param in self.params])
-        start = 0
-        for param in self.params:
-            end = start + param.numel()
-            view = self.tensor.data[start:end].view(_in_memory_order(param.data).shape)
-            param.data = view.permute(0, 3, 1, 2) if param.dim() == 4 else view
-            start = end
+        self.tensor.data = self.flatten([param.data for param in self.params])
+        for param, view in zip(self.params, self.unflatten(self.tensor.data), strict=True):
+            param.data = view
 
     def backward(self, loss: th.Tensor) -> None:
         """
@@ -50,19 +56,45 @@ class FlatParameters:
 
         :param loss: Scalar. A parameter on which it does not depend gets a gradient of zero.
         """
-        grads = th.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+        self.set_gradients(th.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True))
+
+    def set_gradients(self, grads: Sequence[th.Tensor]) -> None:
+        """
+        :param grads: The gradient with respect to each of ``params``
+        """
         if self.tensor.grad is None:
             self.tensor.grad = th.empty_like(self.tensor)
         th.cat([_in_memory_order(grad).reshape(-1) for grad in grads], out=self.tensor.grad)
 
-    def minimize(self, loss: th.Tensor, optimizer: th.optim.Optimizer) -> None:
+    def flatten(self, tensors: Sequence[th.Tensor]) -> th.Tensor:
+        """
+        :param tensors: One for each of ``params``, of its shape
+        :return: Their elements in the order of ``tensor``, (n_parameters,)
+        """
+        return th.cat([_in_memory_order(tensor).reshape(-1) for tensor in tensors])
+
+    def unflatten(self, vector: th.Tensor) -> list[th.Tensor]:
+        """
+        :param vector: (n_parameters,), in the order of ``tensor``
+        :return: Its elements as one view for each of ``params``, of its shape
+        """
+        views = []
+        for param, part in zip(self.params, vector.split([param.numel() for param in self.params]), strict=True):
+            view = part.view(_in_memory_order(param.data).shape)
+            views.append(view.permute(0, 3, 1, 2) if param.dim() == 4 else view)
+        return views
+
+    def minimize(self, loss: th.Tensor, optimizer: th.optim.Optimizer, max_grad_norm: float | None = None) -> None:
         """
         One step of gradient descent.
 
         :param loss: Scalar
         :param optimizer: Optimizer over ``self.tensor``
+        :param max_grad_norm: Scale the gradient down to this Euclidean norm if it is longer (None: leave it)
         """
         self.backward(loss)
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_([self.tensor], max_grad_norm)
         optimizer.step()
 
     def polyak_update(self, online: FlatParameters, tau: float) -> None:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch as th
 from stable_baselines3.common.torch_layers import create_mlp
 from torch import nn
@@ -22,7 +23,8 @@ _MIN_PRODUCT = 2**21
 
 class MLP(nn.Sequential):
     """
-    A sequence of layers that behaves as ``nn.Sequential``, and is faster on CPU if it has ``Linear`` and ``ReLU`` layers only.
+    A sequence of layers that behaves as ``nn.Sequential``, and is faster on CPU if it is plain: ``Linear`` layers with biases
+    and the same activation, ``ReLU`` or ``Tanh``, between them.
 
     Hooks of the single layers are not called, and layers must not be replaced later.
 
@@ -32,10 +34,15 @@ class MLP(nn.Sequential):
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__(*layers)
         self._linears = [layer for layer in layers if isinstance(layer, nn.Linear)]
+        hidden_layers = [layer for layer in layers if not isinstance(layer, nn.Linear)]
+        self._activation_fn = type(hidden_layers[0]) if hidden_layers else nn.ReLU
         # Linear, ReLU, Linear, ReLU, ..., Linear
-        alternating = [nn.ReLU if index % 2 else nn.Linear for index in range(2 * len(self._linears) - 1)]
-        self._is_plain = [type(layer) for layer in layers] == alternating and all(
-            linear.bias is not None for linear in self._linears
+        alternating = [self._activation_fn if index % 2 else nn.Linear for index in range(2 * len(self._linears) - 1)]
+        #: Whether the methods below ``forward`` can be used
+        self.is_plain = (
+            self._activation_fn in _ACTIVATIONS
+            and [type(layer) for layer in layers] == alternating
+            and all(linear.bias is not None for linear in self._linears)
         )
 
     def forward(self, inputs: th.Tensor) -> th.Tensor:
@@ -43,12 +50,77 @@ class MLP(nn.Sequential):
         :param inputs: (batch, input_dim)
         :return: (batch, output_dim)
         """
-        if not (self._is_plain and inputs.device.type == "cpu" and inputs.dtype == th.float32 and inputs.dim() == 2):
+        if not (self.is_plain and inputs.device.type == "cpu" and inputs.dtype == th.float32 and inputs.dim() == 2):
             return super().forward(inputs)
-        parameters = [parameter for linear in self._linears for parameter in (linear.weight, linear.bias)]
         if th.is_grad_enabled():
-            return _MLPFunction.apply(inputs, *parameters)
-        return _activations(inputs, parameters)[-1]
+            return _MLPFunction.apply(self._activation_fn, inputs, *self.weights_and_biases())
+        return self.activations(inputs)[-1]
+
+    def weights_and_biases(self) -> list[nn.Parameter]:
+        """
+        :return: Weight (output_dim, input_dim) and bias (output_dim,) of each layer, in turns
+        """
+        return [parameter for linear in self._linears for parameter in (linear.weight, linear.bias)]
+
+    def activations(self, inputs: th.Tensor) -> list[th.Tensor]:
+        """
+        :param inputs: (batch, input_dim)
+        :return: The inputs and the output of each layer, after its activation function; without a graph for autograd
+        """
+        with th.no_grad():
+            return _activations(inputs, self.weights_and_biases(), self._activation_fn)
+
+    def gradients(self, activations: Sequence[th.Tensor], grad_output: th.Tensor) -> list[th.Tensor]:
+        """
+        The product of a vector with the Jacobian of the outputs with respect to the parameters, from the right.
+
+        :param activations: As ``activations`` returned them
+        :param grad_output: Gradient of a loss with respect to the output, (batch, output_dim)
+        :return: Gradient of that loss with respect to each of ``weights_and_biases``
+        """
+        parameters = self.weights_and_biases()
+        with th.no_grad():
+            wanted = [False] + [True] * len(parameters)
+            gradients = _gradients(activations[:-1], parameters[::2], grad_output, self._activation_fn, wanted)[1:]
+        return [gradient for gradient in gradients if gradient is not None]
+
+    def tangent(self, activations: Sequence[th.Tensor], tangents: Sequence[th.Tensor]) -> th.Tensor:
+        """
+        The product of the Jacobian of the outputs with respect to the parameters and a vector, from the left: how fast the
+        outputs change when the parameters move in a direction.
+
+        :param activations: As ``activations`` returned them
+        :param tangents: The direction, in the shapes of ``weights_and_biases``
+        :return: (batch, output_dim)
+        """
+        derivative = _ACTIVATIONS[self._activation_fn].derivative
+        with th.no_grad():
+            tangent = _multiply(activations[0], tangents[0], tangents[1])
+            for layer, linear in enumerate(self._linears[1:], start=1):
+                tangent = derivative(tangent, activations[layer])
+                tangent = _multiply(tangent, linear.weight, tangents[2 * layer + 1])
+                tangent.addmm_(activations[layer], tangents[2 * layer].t())
+        return tangent
+
+    def as_numpy(self) -> Callable[[np.ndarray], np.ndarray]:
+        """
+        For a handful of rows, numpy takes a fraction of the time that torch takes.
+
+        :return: A function that maps float32 inputs (batch, input_dim) to outputs (batch, output_dim), with the parameters'
+            values at the time of calling it, as long as their memory is not replaced. Only on CPU.
+        """
+        weights = [(linear.weight.detach().numpy().T, linear.bias.detach().numpy()) for linear in self._linears]
+        in_place = _ACTIVATIONS[self._activation_fn].numpy_in_place
+
+        def forward(inputs: np.ndarray) -> np.ndarray:
+            outputs = inputs @ weights[0][0]
+            outputs += weights[0][1]
+            for weight, bias in weights[1:]:
+                outputs = in_place(outputs) @ weight
+                outputs += bias
+            return outputs
+
+        return forward
 
 
 def mlp(input_dim: int, output_dim: int, net_arch: list[int], activation_fn: type[nn.Module] = nn.ReLU) -> MLP:
@@ -62,39 +134,103 @@ def mlp(input_dim: int, output_dim: int, net_arch: list[int], activation_fn: typ
     return MLP(*create_mlp(input_dim, output_dim, net_arch, activation_fn))
 
 
-def _multiply(left: th.Tensor, right: th.Tensor, bias: th.Tensor | None = None, relu: bool = False) -> th.Tensor:
+class _Activation(NamedTuple):
+    """
+    :param onednn_name: Its name in oneDNN
+    :param in_place: Apply it to a tensor
+    :param derivative: (vector, output) -> vector times its derivative at the input that gave the output
+    :param numpy_in_place: Apply it to an array
+    """
+
+    onednn_name: str
+    in_place: Callable[[th.Tensor], th.Tensor]
+    derivative: Callable[[th.Tensor, th.Tensor], th.Tensor]
+    numpy_in_place: Callable[[np.ndarray], np.ndarray]
+
+
+_ACTIVATIONS: dict[type[nn.Module], _Activation] = {
+    nn.ReLU: _Activation(
+        "relu",
+        th.Tensor.relu_,
+        lambda vector, output: th.ops.aten.threshold_backward(vector, output, 0),
+        lambda array: np.maximum(array, 0, out=array),
+    ),
+    nn.Tanh: _Activation("tanh", th.Tensor.tanh_, th.ops.aten.tanh_backward, lambda array: np.tanh(array, out=array)),
+}
+
+
+def _multiply(
+    left: th.Tensor, right: th.Tensor, bias: th.Tensor | None = None, activation_fn: type[nn.Module] | None = None
+) -> th.Tensor:
     """
     :param left: (n, k)
     :param right: (m, k)
     :param bias: (m,)
-    :param relu: Whether to set negative results to 0
+    :param activation_fn: Applied to the product
     :return: ``left @ right.T + bias``, (n, m)
     """
+    activation = None if activation_fn is None else _ACTIVATIONS[activation_fn]
     if _onednn_linear is not None and left.numel() * right.shape[0] >= _MIN_PRODUCT:
-        return _onednn_linear(left, right, bias, "relu" if relu else "none", [], "")
+        return _onednn_linear(left, right, bias, "none" if activation is None else activation.onednn_name, [], "")
     product = F.linear(left, right, bias)
-    return product.relu_() if relu else product
+    return product if activation is None else activation.in_place(product)
 
 
-def _activations(inputs: th.Tensor, parameters: Sequence[th.Tensor]) -> list[th.Tensor]:
+def _activations(
+    inputs: th.Tensor, parameters: Sequence[th.Tensor], activation_fn: type[nn.Module]
+) -> list[th.Tensor]:
     """
     :param inputs: (batch, input_dim)
     :param parameters: Weight and bias of each layer
-    :return: The inputs and the output of each layer, after its ReLU
+    :param activation_fn: Between the layers
+    :return: The inputs and the output of each layer, after its activation function
     """
     activations = [inputs]
     for index in range(0, len(parameters), 2):
-        is_last = index == len(parameters) - 2
-        activations.append(_multiply(activations[-1], parameters[index], parameters[index + 1], relu=not is_last))
+        hidden_fn = activation_fn if index < len(parameters) - 2 else None
+        activations.append(_multiply(activations[-1], parameters[index], parameters[index + 1], hidden_fn))
     return activations
+
+
+def _gradients(
+    activations: Sequence[th.Tensor],
+    weights: Sequence[th.Tensor],
+    grad_output: th.Tensor,
+    activation_fn: type[nn.Module],
+    wanted: Sequence[bool],
+) -> list[th.Tensor | None]:
+    """
+    :param activations: The input of each layer
+    :param weights: The weight of each layer
+    :param grad_output: (batch, output_dim)
+    :param activation_fn: Between the layers
+    :param wanted: For the inputs, then weight and bias of each layer, whether their gradients are needed
+    :return: The gradients in the order of ``wanted``, None where they are not
+    """
+    derivative = _ACTIVATIONS[activation_fn].derivative
+    grad = grad_output
+    grads: list[th.Tensor | None] = [None] * len(wanted)
+    for layer in reversed(range(len(weights))):
+        if wanted[1 + 2 * layer]:
+            grads[1 + 2 * layer] = _multiply(grad.t(), activations[layer].t())
+        if wanted[2 + 2 * layer]:
+            grads[2 + 2 * layer] = grad.sum(0)
+        if not any(wanted[: 1 + 2 * layer]):
+            return grads
+        grad = _multiply(grad, weights[layer].t())
+        if layer > 0:
+            grad = derivative(grad, activations[layer])
+    grads[0] = grad
+    return grads
 
 
 class _MLPFunction(th.autograd.Function):
     """All layers as one node of the graph: for small layers, the nodes cost more than the products."""
 
     @staticmethod
-    def forward(ctx: Any, inputs: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
-        activations = _activations(inputs, parameters)
+    def forward(ctx: Any, activation_fn: type[nn.Module], inputs: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
+        activations = _activations(inputs, parameters, activation_fn)
+        ctx.activation_fn = activation_fn
         ctx.save_for_backward(*activations[:-1], *parameters[::2])
         return activations[-1]
 
@@ -103,18 +239,5 @@ class _MLPFunction(th.autograd.Function):
     def backward(ctx: Any, *grad_outputs: th.Tensor) -> tuple[th.Tensor | None, ...]:
         n_layers = len(ctx.saved_tensors) // 2
         activations, weights = ctx.saved_tensors[:n_layers], ctx.saved_tensors[n_layers:]
-        grad = grad_outputs[0]
-        grads: list[th.Tensor | None] = [None] * (1 + 2 * n_layers)
-        for layer in reversed(range(n_layers)):
-            if ctx.needs_input_grad[1 + 2 * layer]:
-                grads[1 + 2 * layer] = _multiply(grad.t(), activations[layer].t())
-            if ctx.needs_input_grad[2 + 2 * layer]:
-                grads[2 + 2 * layer] = grad.sum(0)
-            if not any(ctx.needs_input_grad[: 1 + 2 * layer]):
-                break
-            grad = _multiply(grad, weights[layer].t())
-            if layer > 0:
-                grad = th.ops.aten.threshold_backward(grad, activations[layer], 0)
-        if ctx.needs_input_grad[0]:
-            grads[0] = grad
-        return tuple(grads)
+        wanted = ctx.needs_input_grad[1:]
+        return (None, *_gradients(activations, weights, grad_outputs[0], ctx.activation_fn, wanted))

@@ -28,4 +28,29 @@ ALGORITHMS = (
         "sb3_ext.zoo.search_spaces:sample_bcq_params",
         "rl_zoo3.hyperparams_opt:convert_offpolicy_params",
     ),
+    Algorithm(
+        "vpg",
+        "sb3_ext.algos.vpg:VPG",
+        "sb3_ext.zoo.search_spaces:sample_vpg_params",
+        "rl_zoo3.hyperparams_opt:convert_onpolicy_params",
+    ),
+    Algorithm(
+        "reinforce",
+        "sb3_ext.algos.reinforce:REINFORCE",
+        "sb3_ext.zoo.search_spaces:sample_reinforce_params",
+        "sb3_ext.zoo.search_spaces:convert_reinforce_params",
+    ),
+    # The search space of sb3-contrib's TRPO, whose constructor these have
+    Algorithm(
+        "npg",
+        "sb3_ext.algos.npg:NPG",
+        "rl_zoo3.hyperparams_opt:sample_trpo_params",
+        "rl_zoo3.hyperparams_opt:convert_onpolicy_params",
+    ),
+    Algorithm(
+        "trpo_fast",
+        "sb3_ext.algos.trpo:TRPO",
+        "rl_zoo3.hyperparams_opt:sample_trpo_params",
+        "rl_zoo3.hyperparams_opt:convert_onpolicy_params",
+    ),
 )

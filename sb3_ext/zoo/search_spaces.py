@@ -3,7 +3,7 @@
 from typing import Any
 
 import optuna
-from rl_zoo3.hyperparams_opt import convert_offpolicy_params
+from rl_zoo3.hyperparams_opt import convert_offpolicy_params, convert_onpolicy_params
 
 
 def sample_bcq_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
@@ -37,3 +37,67 @@ def sample_bcq_params(trial: optuna.Trial, n_actions: int, n_envs: int, addition
     trial.set_user_attr("gamma", 1 - one_minus_gamma)
     trial.set_user_attr("batch_size", 2**batch_size_pow)
     return convert_offpolicy_params(sampled_params)
+
+
+def sample_vpg_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    Sampler for VPG hyperparams.
+
+    :param trial: The trial to draw for
+    :param n_actions: Unused
+    :param n_envs: Number of parallel environments (unused)
+    :param additional_args: Unused
+    :return: Keyword arguments of VPG
+    """
+    one_minus_gae_lambda = trial.suggest_float("one_minus_gae_lambda", 0.0001, 0.1, log=True)
+    sampled_params = {
+        **_sample_policy_gradient_params(trial),
+        "one_minus_gae_lambda": one_minus_gae_lambda,
+        "critic_learning_rate": trial.suggest_float("critic_learning_rate", 1e-4, 0.01, log=True),
+        "n_critic_updates": trial.suggest_int("n_critic_updates", 5, 80, log=True),
+    }
+    trial.set_user_attr("gae_lambda", 1 - one_minus_gae_lambda)
+    return convert_onpolicy_params(sampled_params)
+
+
+def sample_reinforce_params(
+    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    Sampler for REINFORCE hyperparams.
+
+    :param trial: The trial to draw for
+    :param n_actions: Unused
+    :param n_envs: Number of parallel environments (unused)
+    :param additional_args: Unused
+    :return: Keyword arguments of REINFORCE
+    """
+    return convert_reinforce_params(_sample_policy_gradient_params(trial))
+
+
+def convert_reinforce_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: Stored parameters of a trial of ``sample_reinforce_params``
+    :return: Keyword arguments of REINFORCE
+    """
+    hyperparams = convert_onpolicy_params({**sampled_params, "one_minus_gae_lambda": 0.0})
+    # Of those that all on-policy algorithms of the zoo have, the one that needs a critic
+    del hyperparams["gae_lambda"]
+    return hyperparams
+
+
+def _sample_policy_gradient_params(trial: optuna.Trial) -> dict[str, Any]:
+    """What the algorithms have in common that take one gradient step per rollout."""
+    # From 2**8=256 to 2**12=4096
+    n_steps_pow = trial.suggest_int("n_steps_pow", 8, 12)
+    one_minus_gamma = trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True)
+    # Display true values
+    trial.set_user_attr("n_steps", 2**n_steps_pow)
+    trial.set_user_attr("gamma", 1 - one_minus_gamma)
+    return {
+        "n_steps_pow": n_steps_pow,
+        "one_minus_gamma": one_minus_gamma,
+        "learning_rate": trial.suggest_float("learning_rate", 1e-4, 0.03, log=True),
+        "net_arch": trial.suggest_categorical("net_arch", ["tiny", "small", "medium"]),
+        "activation_fn": trial.suggest_categorical("activation_fn", ["tanh", "relu"]),
+    }

@@ -1,0 +1,3 @@
+from sb3_ext.algos.npg.npg import NPG
+
+__all__ = ["NPG"]

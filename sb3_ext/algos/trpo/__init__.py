@@ -1,0 +1,3 @@
+from sb3_ext.algos.trpo.trpo import TRPO
+
+__all__ = ["TRPO"]

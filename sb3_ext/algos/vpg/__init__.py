@@ -1,0 +1,3 @@
+from sb3_ext.algos.vpg.vpg import VPG
+
+__all__ = ["VPG"]

@@ -1,0 +1,297 @@
+"""Base class of the algorithms that follow the policy gradient of whole rollouts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, ClassVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import RolloutBuffer
+from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
+from stable_baselines3.common.policies import (
+    ActorCriticCnnPolicy,
+    ActorCriticPolicy,
+    BasePolicy,
+    MultiInputActorCriticPolicy,
+)
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, RolloutBufferSamples, Schedule, TensorDict
+from stable_baselines3.common.utils import FloatSchedule, explained_variance, update_learning_rate
+from torch.nn import functional as F
+
+from sb3_ext.common.actor_critic import critic_network, split_parameters
+from sb3_ext.common.flat_parameters import FlatParameters
+from sb3_ext.common.rollouts import ActorOnlyRollouts
+
+ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
+
+
+class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
+    """
+    Collects a rollout, improves the actor once with all of it, then fits the critic.
+
+    Actor and critic are optimized apart. Which parameters are whose is found out from what the action distribution and the
+    value depend on; what both depend on, such as a shared features extractor, is the actor's, and the critic leaves it as
+    it is.
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy), or a subclass of ``ActorCriticPolicy``
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: Learning rate of the optimizers, > 0; it can be a function of the current progress remaining (from
+        1 to 0)
+    :param n_steps: Steps in each environment per update, >= 1
+    :param batch_size: Samples in one step of the critic, >= 1 (None: the whole rollout)
+    :param gamma: Discount factor, in [0, 1]
+    :param gae_lambda: Trade-off of bias and variance in the advantage estimates, in [0, 1]; 1 is the discounted return
+        minus the value
+    :param n_critic_updates: Passes of the critic over the rollout per update, >= 0
+    :param critic_learning_rate: The critic's learning rate, > 0 (None: ``learning_rate``)
+    :param ent_coef: Weight of the entropy in the actor's loss, >= 0
+    :param max_grad_norm: Largest norm of the actor's gradient (None: no limit)
+    :param normalize_advantage: Whether to standardize the advantages of each rollout
+    :param use_sde: Whether to use generalized State Dependent Exploration (Box only)
+    :param sde_sample_freq: Draw a new noise matrix every so many steps with gSDE (-1: once per rollout)
+    :param rollout_buffer_class: Rollout buffer class to use (None: chosen by the observation space)
+    :param rollout_buffer_kwargs: Keyword arguments of the rollout buffer
+    :param stats_window_size: Window size for the rollout logging, in episodes
+    :param tensorboard_log: The log location for tensorboard (if None, no logging)
+    :param policy_kwargs: Additional arguments to be passed to the policy on creation
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages, 2 for debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device on which the code should run (``auto``: a GPU if there is one)
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: if a space is not supported or a number is out of range
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": ActorCriticPolicy,
+        "CnnPolicy": ActorCriticCnnPolicy,
+        "MultiInputPolicy": MultiInputActorCriticPolicy,
+    }
+    actor_parameters: FlatParameters
+    critic_parameters: FlatParameters
+    critic_optimizer: th.optim.Optimizer
+
+    def __init__(
+        self,
+        policy: str | type[ActorCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule,
+        n_steps: int,
+        batch_size: int | None,
+        gamma: float,
+        gae_lambda: float,
+        n_critic_updates: int,
+        critic_learning_rate: float | Schedule | None,
+        ent_coef: float,
+        max_grad_norm: float | None,
+        normalize_advantage: bool,
+        use_sde: bool,
+        sde_sample_freq: int,
+        rollout_buffer_class: type[RolloutBuffer] | None,
+        rollout_buffer_kwargs: dict[str, Any] | None,
+        stats_window_size: int,
+        tensorboard_log: str | None,
+        policy_kwargs: dict[str, Any] | None,
+        verbose: int,
+        seed: int | None,
+        device: th.device | str,
+        _init_setup_model: bool,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate=learning_rate,
+            n_steps=n_steps,
+            gamma=gamma,
+            gae_lambda=gae_lambda,
+            ent_coef=ent_coef,
+            vf_coef=0.0,  # the critic has an optimizer of its own
+            max_grad_norm=max_grad_norm,  # type: ignore[arg-type]
+            use_sde=use_sde,
+            sde_sample_freq=sde_sample_freq,
+            rollout_buffer_class=rollout_buffer_class,
+            rollout_buffer_kwargs=rollout_buffer_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            policy_kwargs=policy_kwargs,
+            verbose=verbose,
+            seed=seed,
+            device=device,
+            _init_setup_model=False,
+        )
+        self.batch_size = batch_size
+        self.n_critic_updates = n_critic_updates
+        self.critic_learning_rate = critic_learning_rate
+        self.normalize_advantage = normalize_advantage
+        if self.env is not None:
+            self._check_arguments()
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_arguments(self) -> None:
+        name = type(self).__name__
+        if not isinstance(self.action_space, ACTION_SPACES):
+            supported = ", ".join(space.__name__ for space in ACTION_SPACES)
+            raise ValueError(f"{name} supports {supported} action spaces, but got {self.action_space}.")
+        for argument, smallest in {"n_steps": 1, "batch_size": 1, "n_critic_updates": 0, "ent_coef": 0.0}.items():
+            value = getattr(self, argument)
+            if value is not None and value < smallest:
+                raise ValueError(f"{argument} must be at least {smallest}, but got {value}.")
+        for argument in ("gamma", "gae_lambda"):
+            if not 0.0 <= getattr(self, argument) <= 1.0:
+                raise ValueError(f"{argument} must be in [0, 1], but got {getattr(self, argument)}.")
+        if self.normalize_advantage and self.n_steps * self.n_envs < 2:
+            raise ValueError(
+                "The advantages of a single sample cannot be standardized: n_steps * n_envs must be at least 2 with "
+                f"normalize_advantage=True, but got n_steps={self.n_steps} and n_envs={self.n_envs}."
+            )
+
+    def _setup_model(self) -> None:
+        super()._setup_model()
+        actor, critic = split_parameters(self.policy)
+        self.actor_parameters = FlatParameters(*actor)
+        if self.n_critic_updates > 0:
+            if not critic:
+                raise ValueError(
+                    f"The policy has no parameters that only its value depends on, so {type(self).__name__} cannot fit it "
+                    "without changing the actor: give the critic layers of its own."
+                )
+            self.critic_parameters = FlatParameters(*critic)
+            self.critic_optimizer = self._make_optimizer(self.critic_parameters)
+        # SB3's optimizer over actor and critic together is not used
+        del self.policy.optimizer
+
+    def _make_optimizer(self, parameters: FlatParameters) -> th.optim.Optimizer:
+        kwargs = dict(self.policy.optimizer_kwargs)
+        if self.policy.optimizer_class is th.optim.Adam:
+            kwargs.setdefault("fused", True)
+        return self.policy.optimizer_class([parameters.tensor], lr=self.lr_schedule(1), **kwargs)  # type: ignore[call-arg]
+
+    def _prepare_update(self) -> None:
+        """Set the learning rates, and see to it that the optimizers move the parameters that the policy has now."""
+        for name in ("actor_parameters", "critic_parameters"):
+            parameters = getattr(self, name, None)
+            if parameters is not None and not parameters.is_bound:
+                parameters.bind()
+        self._update_learning_rate(
+            [optimizer for name in self._optimizer_names() if (optimizer := getattr(self, name)) is not None]
+        )
+        if self.critic_learning_rate is not None and self.n_critic_updates > 0:
+            critic_learning_rate = FloatSchedule(self.critic_learning_rate)(self._current_progress_remaining)
+            update_learning_rate(self.critic_optimizer, critic_learning_rate)
+
+    def _rollout(self) -> RolloutBufferSamples:
+        """
+        The rollout as tensors without copying it, in the order of collection: first the first step in every environment.
+
+        :return: Each with n_steps * n_envs rows
+        """
+        buffer = self.rollout_buffer
+
+        def rows(array: np.ndarray) -> th.Tensor:
+            return th.as_tensor(array.reshape(-1, *array.shape[2:]), device=self.device)
+
+        observations: Any = buffer.observations
+        actions = rows(buffer.actions)
+        return RolloutBufferSamples(
+            {key: rows(array) for key, array in observations.items()} if isinstance(observations, dict) else rows(observations),
+            actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions,
+            rows(buffer.values),
+            rows(buffer.log_probs),
+            rows(buffer.advantages),
+            rows(buffer.returns),
+        )
+
+    def _normalized(self, advantages: th.Tensor) -> th.Tensor:
+        """
+        :param advantages: (n_samples,)
+        :return: With mean 0 and standard deviation 1 if ``normalize_advantage``; 0 if all are equal
+        """
+        if not self.normalize_advantage:
+            return advantages
+        return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+    def critic_loss(self, observations: PyTorchObs, returns: th.Tensor) -> th.Tensor:
+        """
+        Mean squared error of the values.
+
+        :param observations: (n_samples, ...)
+        :param returns: The targets, (n_samples,)
+        :return: Scalar
+        """
+        return F.mse_loss(self.policy.predict_values(observations).flatten(), returns)
+
+    def _update_critic(self, observations: PyTorchObs, returns: th.Tensor) -> None:
+        """
+        Fit the critic by ``n_critic_updates`` passes.
+
+        :param observations: (n_samples, ...)
+        :param returns: The targets, (n_samples,)
+        """
+        if self.n_critic_updates == 0:
+            return
+        network = critic_network(self.policy)
+        # The gradient by hand costs a third of what it costs by autograd
+        if network is not None and self._is_all_of_critic(network.weights_and_biases()):
+            observations = observations.float().flatten(1)  # type: ignore[union-attr]
+        else:
+            network = None
+        for _ in range(self.n_critic_updates):
+            losses = []
+            for batch_observations, batch_returns in self._minibatches(observations, returns):
+                if network is None:
+                    loss = self.critic_loss(batch_observations, batch_returns)
+                    self.critic_parameters.backward(loss)
+                else:
+                    activations = network.activations(batch_observations)  # type: ignore[arg-type]
+                    errors = activations[-1] - batch_returns.unsqueeze(1)
+                    self.critic_parameters.set_gradients(network.gradients(activations, errors * (2 / len(errors))))
+                    loss = errors.square().mean()
+                self.critic_optimizer.step()
+                losses.append(loss.detach())
+        value_loss = th.stack(losses).mean().item()
+        if not np.isfinite(value_loss):
+            raise ValueError(
+                f"Training diverged: the loss of the values is {value_loss} after {self.num_timesteps} steps. Try a smaller "
+                "learning rate, or normalize rewards with VecNormalize."
+            )
+        self.logger.record("train/value_loss", value_loss)
+
+    def _is_all_of_critic(self, parameters: list[th.nn.Parameter]) -> bool:
+        own = self.critic_parameters.params
+        return len(parameters) == len(own) and all(a is b for a, b in zip(parameters, own, strict=True))
+
+    def _minibatches(self, observations: PyTorchObs, returns: th.Tensor) -> Iterator[tuple[PyTorchObs, th.Tensor]]:
+        """One pass over the rollout: all of it at once, or in batches of ``batch_size`` in random order."""
+        if self.batch_size is None or self.batch_size >= len(returns):
+            yield observations, returns
+            return
+        order = th.randperm(len(returns), device=returns.device)
+        shuffled: Any
+        if isinstance(observations, dict):
+            batches = {key: value[order].split(self.batch_size) for key, value in observations.items()}
+            shuffled = [dict(zip(batches, batch, strict=True)) for batch in zip(*batches.values(), strict=True)]
+        else:
+            shuffled = observations[order].split(self.batch_size)
+        yield from zip(shuffled, returns[order].split(self.batch_size), strict=True)
+
+    def _record_policy(self) -> None:
+        """Record what all of these algorithms log about their policy."""
+        if self.n_critic_updates > 0:
+            # Of the values that the advantages were computed with
+            explained = explained_variance(self.rollout_buffer.values.flatten(), self.rollout_buffer.returns.flatten())
+            self.logger.record("train/explained_variance", explained)
+        if hasattr(self.policy, "log_std"):
+            self.logger.record("train/std", self.policy.log_std.exp().mean().item())
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def _optimizer_names(self) -> list[str]:
+        """:return: Attributes that hold the optimizers"""
+        return ["critic_optimizer"] if self.n_critic_updates > 0 else []
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", *self._optimizer_names()], []
+
+    def _excluded_save_params(self) -> list[str]:
+        return [*super()._excluded_save_params(), "actor_parameters", "critic_parameters"]

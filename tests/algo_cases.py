@@ -48,21 +48,33 @@ class AlgoCase:
         return self.algo(policy, model_env, **kwargs)
 
     @property
+    def is_discrete(self) -> bool:
+        return self.actions is spaces.Discrete
+
+    @property
     def is_offline(self) -> bool:
         return issubclass(self.algo, OfflineAlgorithm)
 
     def vector_env(self) -> gym.Env:
         """Vector observations, episodes of 5 steps that end by termination."""
-        return IdentityEnv(dim=3, ep_length=5) if self.actions is spaces.Discrete else IdentityEnvBox(ep_length=5)
+        return ActionReward(IdentityEnv(dim=3, ep_length=5) if self.is_discrete else IdentityEnvBox(ep_length=5))
 
     def image_env(self) -> gym.Env:
         """Images, episodes of 5 steps that end by truncation."""
-        discrete = self.actions is spaces.Discrete
-        return TimeLimit(FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=discrete), 5)
+        env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=self.is_discrete)
+        return TimeLimit(ActionReward(env), 5)
 
     def dict_env(self) -> gym.Env:
         """Vectors and images, episodes of 5 steps that end by truncation."""
-        return TimeLimit(SimpleMultiObsEnv(discrete_actions=self.actions is spaces.Discrete, random_start=False), 5)
+        return TimeLimit(ActionReward(SimpleMultiObsEnv(discrete_actions=self.is_discrete, random_start=False)), 5)
+
+
+class ActionReward(gym.Wrapper):
+    """The reward is the action, so that there is something to learn in any environment."""
+
+    def step(self, action: Any) -> Any:
+        obs, _, terminated, truncated, info = self.env.step(action)
+        return obs, float(np.sum(action)), terminated, truncated, info
 
 
 class TupleActionEnv(gym.Env):

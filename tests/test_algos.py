@@ -76,6 +76,7 @@ def test_training_after_loading_continues_exactly(case, tmp_path):
             # As SB3's, a saved online model has neither the environment's state nor that of the global generators
             model.set_env(env, force_reset=True)
             model.set_random_seed(1)
+            env.action_space.seed(1)
         model.learn(N_STEPS, reset_num_timesteps=False)
 
     whole = case.make(env).learn(N_STEPS)
@@ -227,7 +228,8 @@ def test_policy_can_be_copied_and_saved_alone(case, tmp_path):
     loaded = type(model.policy).load(tmp_path / "policy.pt", device="cpu")
     model.learn(N_STEPS)
     for policy in (copied, loaded):
-        np.testing.assert_array_equal(policy.predict(obs, deterministic=True)[0], expected)
+        # The place in memory can change the last digit
+        np.testing.assert_allclose(policy.predict(obs, deterministic=True)[0], expected, rtol=1e-5, atol=1e-7)
 
 
 @each_case

@@ -196,7 +196,7 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
         actions = rows(buffer.actions)
         return RolloutBufferSamples(
             {key: rows(array) for key, array in observations.items()} if isinstance(observations, dict) else rows(observations),
-            actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions,
+            actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions.float(),
             rows(buffer.values),
             rows(buffer.log_probs),
             rows(buffer.advantages),

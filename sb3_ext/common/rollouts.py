@@ -134,8 +134,8 @@ class ActorOnlyRollouts(OnPolicyAlgorithm):
         actions = rollout_buffer.actions.reshape(len(values), -1)
         for rows, obs in _batches(_flat(rollout_buffer.observations)):
             batch_actions = th.as_tensor(actions[rows], device=self.device)
-            if isinstance(self.action_space, spaces.Discrete):
-                batch_actions = batch_actions.long().flatten()
+            is_discrete = isinstance(self.action_space, spaces.Discrete)
+            batch_actions = batch_actions.long().flatten() if is_discrete else batch_actions.float()
             batch_obs = obs_as_tensor(obs, self.device)
             if self.bootstrap_truncated:
                 batch_values, batch_log_probs, _ = self.policy.evaluate_actions(batch_obs, batch_actions)

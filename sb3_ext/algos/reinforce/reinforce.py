@@ -33,7 +33,7 @@ def returns_to_go(
     """
     ends = np.concatenate([episode_starts[1:], last_dones[None]]).astype(bool)
     returns = np.zeros_like(rewards)
-    is_complete = np.logical_or.accumulate(ends[::-1])[::-1]
+    is_complete = np.logical_or.accumulate(ends[::-1])[::-1].copy()
     following = np.zeros_like(rewards[0])
     for step in reversed(range(len(rewards))):
         following = rewards[step] + gamma * np.where(ends[step], 0.0, following)

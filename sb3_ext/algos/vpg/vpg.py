@@ -156,7 +156,7 @@ class VPG(PolicyGradientAlgorithm):
             )
         self.logger.record("train/policy_loss", policy_loss.item())
         self.logger.record("train/entropy_loss", entropy_loss.item())
-        self.logger.record("train/kl_divergence", kl)
+        self.logger.record("train/kl_divergence_loss", kl)
 
     def _optimizer_names(self) -> list[str]:
         return ["actor_optimizer", *super()._optimizer_names()]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from test_fisher import Spaces, explicit_fisher_matrix, flat_actor, make_policy
+from test_fisher import explicit_fisher_matrix, flat_actor, make_policy
 
 from sb3_ext.common.fisher import linearize
 from sb3_ext.common.natural_gradient import conjugate_gradients, natural_step
@@ -43,6 +43,19 @@ def test_conjugate_gradients_keep_what_they_have(matrix):
     assert th.equal(conjugate_gradients(matrix.mv, th.ones(3), max_steps=5), th.zeros(3))
 
 
+def test_conjugate_gradients_keep_the_first_step_when_the_second_direction_has_negative_curvature():
+    matrix, b = th.tensor([[1.0, 0.0], [0.0, -1.0]]), th.tensor([2.0, 1.0])
+    # One step of steepest descent: b times 5 / 3
+    th.testing.assert_close(conjugate_gradients(matrix.mv, b, max_steps=5), b * 5 / 3)
+
+
+def test_conjugate_gradients_keep_the_first_step_when_the_second_product_is_not_a_number():
+    matrix, b = positive_definite(), th.arange(6.0, dtype=th.float64)
+    factors = iter([1.0, math.nan])
+    x = conjugate_gradients(lambda vector: next(factors) * matrix.mv(vector), b, max_steps=5)
+    th.testing.assert_close(x, conjugate_gradients(matrix.mv, b, max_steps=1))
+
+
 def test_conjugate_gradients_draw_no_random_numbers():
     state = th.get_rng_state()
     conjugate_gradients(positive_definite().mv, th.ones(6, dtype=th.float64), max_steps=5)
@@ -72,6 +85,6 @@ def test_direction_equals_that_of_a_dense_solve(action_space):
     gradient = actor.gradient((actor.distribution.log_prob(actions) * th.randn(40, generator=generator)).mean())
     n = len(gradient)
     direction = conjugate_gradients(lambda v: actor.fisher_product(v) + damping * v, gradient, 3 * n, tolerance=1e-14)
-    matrix = explicit_fisher_matrix(policy, flat, observations) + damping * th.eye(n, dtype=th.float64)
+    matrix = explicit_fisher_matrix(policy, observations) + damping * th.eye(n, dtype=th.float64)
     expected = th.linalg.solve(matrix, gradient.double())
     assert (direction.double() - expected).norm() < 1e-4 * expected.norm()

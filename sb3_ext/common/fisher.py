@@ -1,8 +1,9 @@
 """Products with the Fisher information matrix of a policy, without forming it.
 
-The Fisher matrix of a policy, averaged over n samples, is ``F = 1/n J^T M J``: J is the Jacobian of the parameters of the action
-distribution with respect to those of the policy, M the Fisher matrix of the distribution itself, which has a closed form
-(Martens 2014, "New Insights and Perspectives on the Natural Gradient Method", https://arxiv.org/abs/1412.1193, section 9).
+The Fisher matrix of a policy, averaged over n samples, is ``F = 1/n J^T M J``: J is the Jacobian of the parameters of the
+action distribution with respect to those of the policy, M the Fisher matrix of the distribution itself, which has a closed
+form. Source: Martens 2014, "New Insights and Perspectives on the Natural Gradient Method", section 9
+(https://arxiv.org/abs/1412.1193).
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def kl_divergence(old: Distribution, new: Distribution) -> th.Tensor:
     :param new: The same kind of distribution, for the same observations
     :return: Summed over the dimensions of an action, in nats, (batch,)
     """
-    batch = _parts(old)[0].batch_shape[0]  # type: ignore[attr-defined]
+    batch = _parts(old)[0].batch_shape[0]
     divergences = [
         td.kl_divergence(old_part, new_part).reshape(batch, -1).sum(1)
         for old_part, new_part in zip(_parts(old), _parts(new), strict=True)
@@ -70,10 +71,10 @@ class Linearization(Protocol):
 
 def linearize(policy: ActorCriticPolicy, actor_parameters: FlatParameters, observations: PyTorchObs) -> Linearization:
     """
-    :param policy: Any actor-critic policy
+    :param policy: Any actor-critic policy, without dropout or the like at this time
     :param actor_parameters: Those on which its action distribution depends
     :param observations: A batch
-    :return: The policy near its present parameters, in the fastest form that is exact for it
+    :return: The policy near its present parameters, in the fastest form that is exact for it. Valid until they change.
     """
     network = actor_network(policy)
     if network is not None and isinstance(observations, th.Tensor):
@@ -83,7 +84,9 @@ def linearize(policy: ActorCriticPolicy, actor_parameters: FlatParameters, obser
     distribution = action_distribution(policy, observations)
     if all(type(part) in _METRICS for part in _parts(distribution)):
         return GaussNewtonLinearization(distribution, actor_parameters)
-    return DivergenceLinearization(distribution, actor_parameters)
+    with th.no_grad():
+        constant = action_distribution(policy, observations)
+    return DivergenceLinearization(constant, distribution, actor_parameters)
 
 
 class PerceptronLinearization:
@@ -103,34 +106,29 @@ class PerceptronLinearization:
         self.activations = network.activations(observations.float().flatten(1))
         # Losses are differentiated by autograd down to the output of the network, and by hand from there
         self.output = self.activations[-1].requires_grad_()
-        self.log_std = policy.log_std if isinstance(policy.action_dist, DiagGaussianDistribution) else None
-        arguments = [self.output] if self.log_std is None else [self.output, self.log_std]
-        self.distribution = copy.copy(policy.action_dist).proba_distribution(*arguments)
+        # What the distribution is computed from
+        self.arguments = [self.output]
+        if isinstance(policy.action_dist, DiagGaussianDistribution):
+            assert isinstance(policy.log_std, th.Tensor)
+            self.arguments.append(policy.log_std)
+        self.distribution = copy.copy(policy.action_dist).proba_distribution(*self.arguments)
         self.metrics = [_METRICS[type(part)](part) for part in _parts(self.distribution)]
         self.widths = [metric.width for metric in self.metrics]
 
     def gradient(self, loss: th.Tensor) -> th.Tensor:
-        inputs = [self.output] if self.log_std is None else [self.output, self.log_std]
-        grad_output, *grad_log_std = th.autograd.grad(loss, inputs, allow_unused=True, materialize_grads=True)
+        grads = th.autograd.grad(loss, self.arguments, retain_graph=True, allow_unused=True, materialize_grads=True)
+        grad_output, *grad_log_std = grads
         return self.flat.flatten([*grad_log_std, *self.network.gradients(self.activations, grad_output)])
 
     def fisher_product(self, vector: th.Tensor) -> th.Tensor:
         tangents = self.flat.unflatten(vector)
-        if self.log_std is not None:
-            return self._gaussian_product(tangents)
-        tangent = self.network.tangent(self.activations, tangents)
-        images = [
-            metric.multiply([part])[0] for metric, part in zip(self.metrics, tangent.split(self.widths, 1), strict=True)
-        ]
-        image = images[0] if len(images) == 1 else th.cat(images, 1)
-        return self.flat.flatten(self.network.gradients(self.activations, image / len(image)))
-
-    def _gaussian_product(self, tangents: Sequence[th.Tensor]) -> th.Tensor:
+        n_log_std = len(self.arguments) - 1
         # The standard deviation is the same for all samples, and a unit of its logarithm has the information 2
-        assert self.log_std is not None
-        tangent = self.network.tangent(self.activations, tangents[1:])
-        image = tangent.mul_(th.exp(-2 * self.log_std.detach()) / len(tangent))
-        return self.flat.flatten([2 * tangents[0], *self.network.gradients(self.activations, image)])
+        log_std_images = [2 * tangent for tangent in tangents[:n_log_std]]
+        tangent = self.network.tangent(self.activations, tangents[n_log_std:])
+        parts = zip(self.metrics, tangent.split(self.widths, 1), strict=True)
+        image = th.cat([metric.multiply([part])[0] for metric, part in parts], 1).div_(len(tangent))
+        return self.flat.flatten([*log_std_images, *self.network.gradients(self.activations, image)])
 
 
 class GaussNewtonLinearization:
@@ -193,13 +191,14 @@ class DivergenceLinearization:
     """
     Second derivatives of the KL divergence from the present distribution: for any distribution that has one.
 
-    :param distribution: With a graph that leads to the parameters
+    :param constant: The present distribution, without a graph
+    :param distribution: The same, with a graph that leads to the parameters
     :param actor_parameters: Those parameters
     """
 
-    def __init__(self, distribution: Distribution, actor_parameters: FlatParameters) -> None:
+    def __init__(self, constant: Distribution, distribution: Distribution, actor_parameters: FlatParameters) -> None:
         self.distribution, self.flat = distribution, actor_parameters
-        divergence = kl_divergence(_detached(distribution), distribution).mean()
+        divergence = kl_divergence(constant, distribution).mean()
         grads = th.autograd.grad(divergence, self.flat.params, create_graph=True, allow_unused=True, materialize_grads=True)
         self.divergence_gradient = self.flat.flatten(grads)
 
@@ -216,11 +215,13 @@ class _NormalMetric:
 
     def __init__(self, distribution: td.Normal) -> None:
         self.parameters = [distribution.loc, distribution.scale]
-        self.precision = distribution.scale.detach() ** -2
+        precision = distribution.scale.detach() ** -2
+        self.diagonal = [precision, 2 * precision]
         self.width = distribution.loc.shape[1]
 
     def multiply(self, tangents: Sequence[th.Tensor]) -> list[th.Tensor]:
-        return [self.precision * tangents[0], 2 * self.precision * tangents[1]]
+        # The tangent of the mean can be the only one
+        return [element * tangent for element, tangent in zip(self.diagonal, tangents, strict=False)]
 
 
 class _CategoricalMetric:
@@ -265,21 +266,7 @@ _PERCEPTRON_DISTRIBUTIONS = (
 def _parts(distribution: Distribution) -> list[td.Distribution]:
     """The torch distributions that an SB3 distribution is the product of."""
     inner = distribution.distribution
-    return list(inner) if isinstance(inner, (list, tuple)) else [inner]  # type: ignore[list-item]
-
-
-def _detached(distribution: Distribution) -> Distribution:
-    """The same distribution as a constant."""
-    detached = copy.copy(distribution)
-    parts = []
-    for part in _parts(distribution):
-        constant = copy.copy(part)
-        for name, value in vars(part).items():
-            if isinstance(value, th.Tensor):
-                setattr(constant, name, value.detach())
-        parts.append(constant)
-    detached.distribution = parts if isinstance(distribution.distribution, (list, tuple)) else parts[0]  # type: ignore[attr-defined]
-    return detached
+    return list(inner) if isinstance(inner, (list, tuple)) else [inner]
 
 
 def _same(first: Sequence[th.Tensor], second: Sequence[th.Tensor]) -> bool:

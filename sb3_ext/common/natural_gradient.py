@@ -41,9 +41,7 @@ def conjugate_gradients(
     return x
 
 
-def natural_step(
-    direction: th.Tensor, product: Callable[[th.Tensor], th.Tensor], max_kl: float
-) -> th.Tensor | None:
+def natural_step(direction: th.Tensor, product: Callable[[th.Tensor], th.Tensor], max_kl: float) -> th.Tensor | None:
     """
     The longest step in a direction that the second-order model of the KL divergence allows: ``1/2 s^T A s = max_kl``
     (TRPO, appendix C).

@@ -1,8 +1,10 @@
-"""On-policy collection that evaluates no more than acting needs while it steps the environments."""
+"""Rollouts for on-policy algorithms with as little work per step as possible."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
 
 import numpy as np
@@ -10,7 +12,13 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictRolloutBuffer, RolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
-from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution
+from stable_baselines3.common.distributions import (
+    BernoulliDistribution,
+    CategoricalDistribution,
+    DiagGaussianDistribution,
+    Distribution,
+    MultiCategoricalDistribution,
+)
 from stable_baselines3.common.on_policy_algorithm import OnPolicyAlgorithm
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.utils import obs_as_tensor
@@ -18,215 +26,260 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ext.common.actor_critic import actor_network, is_standard
 
-#: Numbers in the observations of one batch of values, so that those of images fit into memory
-MAX_BATCH_NUMBERS = 2**24
+# Most rows that a network gets at once: more would not be faster, and the activations of images take memory
+MAX_ROWS = 512
+
+# An array, or one for each key of a Dict space
+Observations = Any
 
 
 class ActorOnlyRollouts(OnPolicyAlgorithm):
     """
-    Mixin for SB3's on-policy algorithms, to be named before the algorithm in the list of base classes.
+    Mixin for on-policy algorithms, to be named before the algorithm, that collects what SB3 collects in less time. Only the
+    actor is evaluated while stepping. Values, log-probabilities and what stands for the rewards after a time limit are
+    computed at the end, in batches.
 
-    While the environments are stepped, only the actor is evaluated. Values, log-probabilities and the values at time limits
-    are computed in batches when the rollout is complete, with the same parameters. Random numbers are drawn in the order in
-    which SB3 draws them, so that the rollout is the one that SB3 collects with the same seed, up to rounding. Callbacks find
-    no ``values``, ``log_probs`` and ``obs_tensor`` in their ``locals`` while stepping.
-
-    SB3's own collector runs with gSDE, and for policies and rollout buffers that replace the methods concerned.
+    The random numbers are the same and drawn in the same order, so the rollout is SB3's, up to rounding. While stepping,
+    callbacks find no ``values``, ``log_probs`` and ``obs_tensor`` among their ``locals``, and must not change the policy.
+    SB3's own collector takes over for gSDE, for policies that replace methods of ``ActorCriticPolicy``, and for rollout
+    buffers that replace ``add`` or cannot hold what was observed and done.
     """
 
-    #: Whether the value of the last observation stands for the rewards after a time limit. If not, rewards stay as the
-    #: environment gave them, and no value is computed.
+    #: Whether the value of an episode's last observation is added to its last reward if a time limit ended the episode. If
+    #: not, no values are used at all: those in the buffer are 0.
     bootstrap_truncated: ClassVar[bool] = True
 
     def collect_rollouts(
         self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
     ) -> bool:
         """
-        Fill the buffer with experience of the present policy.
-
         :param env: The training environment
         :param callback: Called at each step, and at the beginning and end of the rollout
         :param rollout_buffer: Buffer to fill
-        :param n_rollout_steps: Steps in each environment
-        :return: Whether all steps were collected; False if the callback stopped
+        :param n_rollout_steps: Number of steps to take in each environment
+        :return: False if the callback ended the rollout prematurely
         """
-        has_known_buffer = type(rollout_buffer).add in (RolloutBuffer.add, DictRolloutBuffer.add)
-        if self.use_sde or not is_standard(self.policy) or not has_known_buffer:
-            return self._collect_with_sb3(env, callback, rollout_buffer, n_rollout_steps)
-
         assert self._last_obs is not None, "No previous observation was provided"
+        if not self._can_evaluate_later(rollout_buffer):
+            with nullcontext() if self.bootstrap_truncated else _values_of_zero(self.policy):
+                return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
+
+        # Switch to eval mode (this affects batch norm / dropout)
         self.policy.set_training_mode(False)
         rollout_buffer.reset()
-        act = self._make_actor()
-        truncations: list[tuple[int, int, Any]] = []
         callback.on_rollout_start()
+        act = self._make_act(env.num_envs)
+        terminal_observations: dict[tuple[int, int], Observations] = {}
+        n_steps = 0
 
-        for n_steps in range(n_rollout_steps):
+        while n_steps < n_rollout_steps:
             actions = act(self._last_obs)
             clipped_actions = actions
             if isinstance(self.action_space, spaces.Box):
-                clipped_actions = np.clip(actions, self.action_space.low, self.action_space.high)
+                clipped_actions = actions.clip(self.action_space.low, self.action_space.high)
+
             new_obs, rewards, dones, infos = env.step(clipped_actions)
 
             self.num_timesteps += env.num_envs
             callback.update_locals(locals())
             if not callback.on_step():
+                self._evaluate(rollout_buffer, n_steps, terminal_observations)
                 return False
+
             self._update_info_buffer(infos, dones)
+            if self.bootstrap_truncated:
+                for index, (done, info) in enumerate(zip(dones.tolist(), infos, strict=True)):
+                    if done and info.get("TimeLimit.truncated", False) and info.get("terminal_observation") is not None:
+                        # A copy, in case the environment writes the next one in the same place
+                        terminal_observations[n_steps, index] = copy.deepcopy(info["terminal_observation"])
 
             _store(rollout_buffer.observations, n_steps, self._last_obs)
-            rollout_buffer.actions[n_steps] = actions.reshape(env.num_envs, -1)
+            _store(rollout_buffer.actions, n_steps, actions)
             rollout_buffer.rewards[n_steps] = rewards
             rollout_buffer.episode_starts[n_steps] = self._last_episode_starts
-            if dones.any():
-                truncations += [(n_steps, index, obs) for index, obs in _truncated(dones, infos)]
             self._last_obs = new_obs  # type: ignore[assignment]
             self._last_episode_starts = dones
+            n_steps += 1
 
-        rollout_buffer.pos = n_rollout_steps
-        rollout_buffer.full = n_rollout_steps == rollout_buffer.buffer_size
-        with th.no_grad():
-            values = self._evaluate_rollout(rollout_buffer, truncations, new_obs)
-        rollout_buffer.compute_returns_and_advantage(last_values=values, dones=dones)
+        self._evaluate(rollout_buffer, n_steps, terminal_observations)
+        values = np.zeros(env.num_envs, np.float32)
+        if self.bootstrap_truncated:
+            values = self._values(obs_as_tensor(new_obs, self.device))  # type: ignore[arg-type]
+        _compute_returns_and_advantages(rollout_buffer, values, dones)
 
         callback.update_locals(locals())
         callback.on_rollout_end()
         return True
 
-    def _collect_with_sb3(
-        self, env: VecEnv, callback: BaseCallback, rollout_buffer: RolloutBuffer, n_rollout_steps: int
-    ) -> bool:
-        gamma = self.gamma
-        # At a time limit, SB3 adds the value times this to the reward, and uses it for nothing else
-        self.gamma = gamma if self.bootstrap_truncated else 0.0
-        try:
-            return super().collect_rollouts(env, callback, rollout_buffer, n_rollout_steps)
-        finally:
-            self.gamma = gamma
-
-    def _make_actor(self) -> Callable[[Any], np.ndarray]:
-        """:return: A function that draws the actions (n_envs, ...) for observations, until the parameters change"""
-        network = actor_network(self.policy)
-        draw = _DRAW.get(type(self.policy.action_dist))
-        if network is not None and draw is not None and self.device.type == "cpu":
-            return draw(network.as_numpy(), self.policy)
-
-        def act(obs: Any) -> np.ndarray:
-            with th.no_grad():
-                actions = self.policy.get_distribution(obs_as_tensor(obs, self.device)).get_actions()
-            return actions.reshape((-1, *self.action_space.shape)).cpu().numpy()  # type: ignore[misc]
-
-        return act
-
-    def _evaluate_rollout(
-        self, rollout_buffer: RolloutBuffer, truncations: list[tuple[int, int, Any]], last_obs: Any
-    ) -> th.Tensor:
-        """
-        Add what the actor did not need: values, log-probabilities, and the values at time limits to the rewards.
-
-        :param rollout_buffer: With observations, actions and rewards
-        :param truncations: Step, environment and last observation of the episodes that a time limit ended
-        :param last_obs: Observations after the last step
-        :return: Their values, (n_envs, 1)
-        """
-        shape = rollout_buffer.values.shape
-        values, log_probs = rollout_buffer.values.reshape(-1), rollout_buffer.log_probs.reshape(-1)
-        actions = rollout_buffer.actions.reshape(len(values), -1)
-        for rows, obs in _batches(_flat(rollout_buffer.observations)):
-            batch_actions = th.as_tensor(actions[rows], device=self.device)
-            is_discrete = isinstance(self.action_space, spaces.Discrete)
-            batch_actions = batch_actions.long().flatten() if is_discrete else batch_actions.float()
-            batch_obs = obs_as_tensor(obs, self.device)
-            if self.bootstrap_truncated:
-                batch_values, batch_log_probs, _ = self.policy.evaluate_actions(batch_obs, batch_actions)
-                values[rows] = batch_values.flatten().cpu().numpy()
-            else:
-                batch_log_probs = self.policy.get_distribution(batch_obs).log_prob(batch_actions)
-            log_probs[rows] = batch_log_probs.cpu().numpy()
-        rollout_buffer.values, rollout_buffer.log_probs = values.reshape(shape), log_probs.reshape(shape)
-
-        if not self.bootstrap_truncated:
-            return th.zeros(shape[1], 1)
-        if truncations:
-            steps, indices, observations = zip(*truncations, strict=True)
-            rollout_buffer.rewards[steps, indices] += self.gamma * self._predict_values(_stack(observations))
-        return self.policy.predict_values(obs_as_tensor(last_obs, self.device))
-
-    def _predict_values(self, observations: Any) -> np.ndarray:
-        """:return: (n_observations,)"""
-        return np.concatenate(
-            [
-                self.policy.predict_values(obs_as_tensor(obs, self.device)).flatten().cpu().numpy()
-                for _, obs in _batches(observations)
-            ]
+    def _can_evaluate_later(self, rollout_buffer: RolloutBuffer) -> bool:
+        """:return: Whether SB3's rollout follows from what the buffer will hold at its end"""
+        return (
+            is_standard(self.policy)
+            # gSDE, whose noise the buffer does not hold, is not among them
+            and type(self.policy.action_dist) in _DISTRIBUTIONS
+            and type(rollout_buffer).add in (RolloutBuffer.add, DictRolloutBuffer.add)
+            and _can_hold(rollout_buffer.observations, self._last_obs)
+            and (not isinstance(self.action_space, spaces.Box) or np.can_cast(np.float32, rollout_buffer.actions.dtype))
         )
 
+    def _make_act(self, n_envs: int) -> Callable[[Observations], np.ndarray]:
+        """
+        :param n_envs: Number of environments
+        :return: A function that draws actions (n_envs, *action_space.shape) for observations, with the present parameters
+        """
+        policy, shape = self.policy, (n_envs, *self.action_space.shape)  # type: ignore[misc]
+        network = actor_network(policy) if self.device.type == "cpu" else None
+        make_draw = _DISTRIBUTIONS[type(policy.action_dist)]
 
-def _gaussian_actor(network: Callable[[np.ndarray], np.ndarray], policy: ActorCriticPolicy) -> Callable[[Any], np.ndarray]:
-    std = policy.log_std.detach().exp().numpy()
-    shape = policy.action_space.shape
+        if network is None or make_draw is None:
 
-    def act(obs: np.ndarray) -> np.ndarray:
-        mean = network(np.asarray(obs, np.float32).reshape(len(obs), -1))
-        return (mean + th.randn(mean.shape).numpy() * std).reshape(len(obs), *shape)
+            def act(observations: Observations) -> np.ndarray:
+                with th.no_grad():
+                    actions = policy.get_distribution(obs_as_tensor(observations, self.device)).get_actions()
+                return actions.cpu().numpy().reshape(shape)
 
-    return act
+            return act
+
+        forward = network.as_numpy()
+        n_outputs = len(network.weights_and_biases()[-1])
+        draw = make_draw(policy, th.empty(n_envs, n_outputs))
+
+        def act_in_numpy(observations: np.ndarray) -> np.ndarray:
+            outputs = forward(observations.astype(np.float32, copy=False).reshape(n_envs, -1))
+            return draw(outputs).reshape(shape)
+
+        return act_in_numpy
+
+    def _evaluate(
+        self, rollout_buffer: RolloutBuffer, n_steps: int, terminal_observations: dict[tuple[int, int], Observations]
+    ) -> None:
+        """
+        Complete what the steps have left open.
+
+        :param rollout_buffer: Holds observations, actions, rewards and starts of episodes
+        :param n_steps: Number of steps that it holds
+        :param terminal_observations: Observations whose values are added to the rewards, by step and environment
+        """
+        rollout_buffer.pos = n_steps
+        rollout_buffer.full = n_steps == rollout_buffer.buffer_size
+        steps_at_once = max(MAX_ROWS // rollout_buffer.n_envs, 1)
+        for start in range(0, n_steps, steps_at_once):
+            self._evaluate_steps(rollout_buffer, slice(start, min(start + steps_at_once, n_steps)))
+        places = list(terminal_observations)
+        for start in range(0, len(places), MAX_ROWS):
+            chunk = places[start : start + MAX_ROWS]
+            tensors = [self.policy.obs_to_tensor(terminal_observations[place])[0] for place in chunk]
+            values = self._values(_map(lambda *parts: th.cat(parts), *tensors))
+            rollout_buffer.rewards[tuple(np.transpose(chunk))] += self.gamma * values
+
+    def _evaluate_steps(self, rollout_buffer: RolloutBuffer, steps: slice) -> None:
+        def rows(array: np.ndarray) -> th.Tensor:
+            return th.as_tensor(array[steps], device=self.device).flatten(end_dim=1)
+
+        observations, actions = _map(rows, rollout_buffer.observations), rows(rollout_buffer.actions)
+        actions = actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions.float()
+        with th.no_grad():
+            if self.bootstrap_truncated:
+                values, log_probs, _ = self.policy.evaluate_actions(observations, actions)
+                rollout_buffer.values[steps] = values.cpu().numpy().reshape(-1, rollout_buffer.n_envs)
+            else:
+                log_probs = self.policy.get_distribution(observations).log_prob(actions)
+        rollout_buffer.log_probs[steps] = log_probs.cpu().numpy().reshape(-1, rollout_buffer.n_envs)
+
+    def _values(self, observations: Any) -> np.ndarray:
+        with th.no_grad():
+            return self.policy.predict_values(observations).flatten().cpu().numpy()
 
 
-def _categorical_actor(network: Callable[[np.ndarray], np.ndarray], policy: ActorCriticPolicy) -> Callable[[Any], np.ndarray]:
-    def act(obs: np.ndarray) -> np.ndarray:
-        logits = network(np.asarray(obs, np.float32).reshape(len(obs), -1))
-        weights = np.exp(logits - logits.max(1, keepdims=True))
-        # What torch.multinomial does for one sample: whose exponential clock, with its probability as rate, rings first
-        return (weights / th.empty(weights.shape).exponential_().numpy()).argmax(1)
-
-    return act
+Draw = Callable[[np.ndarray], np.ndarray]
 
 
-_DRAW = {DiagGaussianDistribution: _gaussian_actor, CategoricalDistribution: _categorical_actor}
+def _categorical(policy: ActorCriticPolicy, noise: th.Tensor) -> Draw:
+    """:return: A function that draws actions for logits, with the random numbers of torch.multinomial"""
+    noise_array = noise.numpy()
+
+    def draw(logits: np.ndarray) -> np.ndarray:
+        noise.exponential_()
+        # The index of the largest p / noise
+        return (logits - np.log(noise_array)).argmax(axis=1)
+
+    return draw
 
 
-def _truncated(dones: np.ndarray, infos: list[dict[str, Any]]) -> Iterator[tuple[int, Any]]:
-    """Index and last observation of the environments whose episode a time limit has ended."""
-    for index in np.flatnonzero(dones):
-        obs = infos[index].get("terminal_observation")
-        if obs is not None and infos[index].get("TimeLimit.truncated", False):
-            yield index, obs
+def _gaussian(policy: ActorCriticPolicy, noise: th.Tensor) -> Draw:
+    """:return: A function that draws actions for means, with the random numbers of torch.distributions.Normal"""
+    noise_array, std = noise.numpy(), policy.log_std.detach().exp().numpy()
+
+    def draw(mean: np.ndarray) -> np.ndarray:
+        noise.normal_()
+        return mean + noise_array * std
+
+    return draw
 
 
-# Observations are arrays, or dictionaries of arrays
+# Those whose actions and log-probabilities are known to depend on nothing else than observations and parameters, and how to
+# draw from them in numpy
+_DISTRIBUTIONS: dict[type[Distribution], Callable[[ActorCriticPolicy, th.Tensor], Draw] | None] = {
+    CategoricalDistribution: _categorical,
+    DiagGaussianDistribution: _gaussian,
+    MultiCategoricalDistribution: None,
+    BernoulliDistribution: None,
+}
 
 
-def _store(target: Any, step: int, obs: Any) -> None:
-    if isinstance(target, dict):
-        for key, array in target.items():
-            _store(array, step, obs[key])
-    else:
-        # Those of Discrete spaces have an axis less than the buffer
-        target[step] = np.reshape(obs, target.shape[1:])
-
-
-def _flat(observations: Any) -> Any:
-    """(n_steps, n_envs, ...) as (n_steps * n_envs, ...)"""
-    if isinstance(observations, dict):
-        return {key: _flat(array) for key, array in observations.items()}
-    return observations.reshape(-1, *observations.shape[2:])
-
-
-def _stack(observations: tuple[Any, ...]) -> Any:
+def _map(function: Callable[..., Any], *observations: Observations) -> Any:
+    """:return: What the function makes of the arrays, or of those of each key"""
     if isinstance(observations[0], dict):
-        return {key: np.stack([obs[key] for obs in observations]) for key in observations[0]}
-    return np.stack(observations)
+        return {key: function(*(each[key] for each in observations)) for key in observations[0]}
+    return function(*observations)
 
 
-def _batches(observations: Any) -> Iterator[tuple[slice, Any]]:
-    """Rows in batches that fit into memory."""
-    arrays = list(observations.values()) if isinstance(observations, dict) else [observations]
-    n_rows = len(arrays[0])
-    size = max(1, MAX_BATCH_NUMBERS * n_rows // max(1, sum(array.size for array in arrays)))
-    for start in range(0, n_rows, size):
-        rows = slice(start, start + size)
-        if isinstance(observations, dict):
-            yield rows, {key: array[rows] for key, array in observations.items()}
-        else:
-            yield rows, observations[rows]
+def _can_hold(stored: Observations, observations: Observations) -> bool:
+    """:return: Whether the buffer's arrays are of a kind that keeps the values of the observations"""
+    if isinstance(stored, dict):
+        return all(_can_hold(array, observations[key]) for key, array in stored.items())
+    return np.can_cast(observations.dtype, stored.dtype, "same_kind")
+
+
+def _store(stored: Observations, step: int, values: Observations) -> None:
+    """Write what all environments gave or got in one step."""
+    if isinstance(stored, dict):
+        for key, array in stored.items():
+            _store(array, step, values[key])
+    else:
+        # Those of Discrete spaces have a dimension less than the buffer
+        stored[step] = values.reshape(stored.shape[1:])
+
+
+def _compute_returns_and_advantages(buffer: RolloutBuffer, last_values: np.ndarray, dones: np.ndarray) -> None:
+    """
+    ``RolloutBuffer.compute_returns_and_advantage`` to the last bit, with the recursion reduced to one line.
+
+    :param buffer: Rollout buffer with rewards, values and starts of episodes
+    :param last_values: Values of the observations after the last step, (n_envs,)
+    :param dones: Whether the last step ended an episode, (n_envs,)
+    """
+    if type(buffer).compute_returns_and_advantage is not RolloutBuffer.compute_returns_and_advantage:
+        buffer.compute_returns_and_advantage(th.as_tensor(last_values), dones)
+        return
+    continues = 1.0 - np.concatenate([buffer.episode_starts[1:], dones[None]]).astype(np.float32)
+    next_values = np.concatenate([buffer.values[1:], last_values[None]])
+    deltas = buffer.rewards + buffer.gamma * next_values * continues - buffer.values
+    decays = buffer.gamma * buffer.gae_lambda * continues
+    advantage = np.zeros_like(last_values)
+    for step in reversed(range(len(deltas))):
+        advantage = np.add(deltas[step], decays[step] * advantage, out=buffer.advantages[step])
+    buffer.returns = buffer.advantages + buffer.values
+
+
+@contextmanager
+def _values_of_zero(policy: ActorCriticPolicy) -> Iterator[None]:
+    """Have the policy say that all values are 0, for SB3's collector, which would add them to rewards."""
+    predict_values = policy.predict_values
+    hook = policy.register_forward_hook(lambda module, args, outputs: (outputs[0], th.zeros_like(outputs[1]), outputs[2]))
+    policy.predict_values = lambda obs: th.zeros_like(predict_values(obs))  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        hook.remove()
+        del policy.predict_values

@@ -32,18 +32,20 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--controls", action="store_true", help="also behaviour cloning and plain DQN or DDPG on the same data")
     verb.add_argument("--peers", nargs="+", default=[], choices=list(PEERS), help="also these peers on the same data")
     verb.add_argument("--only-others", action="store_true", help="the controls and the peers without the algorithm itself")
-    verb.add_argument("--page", help="file of results (default: the algorithm)")
+    verb.add_argument("--page", help="file of results (default: the one that the algorithm belongs to)")
     verb.add_argument("--jobs", type=int, default=1, help="runs at a time")
 
     verb = verbs.add_parser("speed", parents=[folder], help="time against the peers, in turns")
-    verb.add_argument("--cases", nargs="+", default=[case.name for case in cases.CASES], help="default: all")
+    verb.add_argument("--cases", nargs="+", default=[case.name for case in cases.ALL_CASES], help="default: all of the pages")
+    pages = list(dict.fromkeys(results.page_of(case.algo) for case in cases.ALL_CASES))
+    verb.add_argument("--pages", nargs="+", default=pages, choices=pages, help="default: all")
     verb.add_argument("--threads", nargs="+", type=int, default=[1])
     verb.add_argument("--rounds", type=int, default=7)
     verb.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
     verb.add_argument("--peers", nargs="*", default=list(PEERS), choices=list(PEERS), help="default: all")
 
     verb = verbs.add_parser("memory", help="peak memory of training on many transitions")
-    verb.add_argument("--case", default=cases.CASES[0].name)
+    verb.add_argument("--case", default=cases.CASES[0].name, choices=[case.name for case in cases.CASES])
     verb.add_argument("--transitions", type=int, default=1_000_000)
     verb.add_argument("--updates", type=int, default=50)
 
@@ -66,8 +68,9 @@ def returns(args: argparse.Namespace) -> None:
     from benchmarks.returns import Run, controls, run_all
     from benchmarks.returns import peers as in_peers
 
+    by_page: dict[str, list[Run]] = {}
     for algo in args.algos:
-        runs: list[Run] = []
+        runs = by_page.setdefault(args.page or results.page_of(algo), [])
         for env in args.envs:
             for seed in range(args.first_seed, args.first_seed + args.seeds):
                 run = Run(
@@ -86,17 +89,19 @@ def returns(args: argparse.Namespace) -> None:
                 )
                 runs += [] if args.only_others else [run]
                 runs += (controls(run) if args.controls else []) + in_peers(run, args.peers)
-        run_all(runs, args.page or algo, args.dir, args.jobs)
+    for page, runs in by_page.items():
+        run_all(runs, page, args.dir, args.jobs)
 
 
 def speed(args: argparse.Namespace) -> None:
-    from benchmarks.speed import measure, summary
+    from benchmarks.speed import measure, measure_on_policy, summary
 
-    for name in args.cases:
-        case = cases.by_name(name)
-        for threads in args.threads:
-            row = measure(case, args.dir, threads, args.seconds, args.rounds, args.peers)
-            results.append(results.path_of(case.algo), row)
+    for case in map(cases.by_name, args.cases):
+        page = results.page_of(case.algo)
+        for threads in args.threads if page in args.pages else []:
+            how = args.dir, threads, args.seconds, args.rounds, args.peers
+            row = measure(case, *how) if isinstance(case, cases.Case) else measure_on_policy(case, *how)
+            results.append(results.path_of(page), row)
             print(summary(row), flush=True)
 
 
@@ -104,9 +109,9 @@ def memory(args: argparse.Namespace) -> None:
     from benchmarks.speed import memory as measure
     from benchmarks.speed import summary
 
-    case = cases.by_name(args.case)
+    case = next(case for case in cases.CASES if case.name == args.case)
     row = measure(case, args.transitions, args.updates)
-    results.append(results.path_of(case.algo), row)
+    results.append(results.path_of(results.page_of(case.algo)), row)
     print(summary(row))
 
 

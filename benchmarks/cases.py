@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from benchmarks import data
 from benchmarks.workers import TARGET_CANDIDATES
 
 #: (rows, inner, columns) of a matrix product, or (images, channels, size, output channels, kernel, stride) of a convolution
@@ -58,6 +59,84 @@ class Case:
         """
         keys = ("algo", "observation_shape", "n_actions", "discrete", "batch_size", "ours", "learning_rate", "image")
         return {**{key: getattr(self, key) for key in keys}, "threads": threads, "seed": seed, **more}
+
+
+@dataclass(frozen=True)
+class Contender:
+    """
+    One implementation in a case of on-policy learning.
+
+    :param algo: Key in the zoo, or the name of Tianshou's class
+    :param settings: Constructor arguments
+    :param like_zoo: Whether the settings of the zoo for the environment hold wherever ``settings`` says nothing
+    :param sb3_collector: Whether to collect with SB3's collector instead of the algorithm's own
+    """
+
+    algo: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    like_zoo: bool = False
+    sb3_collector: bool = False
+
+
+@dataclass(frozen=True)
+class OnPolicyCase:
+    """
+    One configuration in which on-policy learning is timed.
+
+    :param name: In the results
+    :param measured: ``collect``, ``learn`` or ``train``, see :mod:`benchmarks.on_policy`
+    :param contenders: By key of ``benchmarks.workers.ON_POLICY_CONTENDERS``; ``ours`` is compared with the others
+    :param env: Environment id, to collect and learn in
+    :param n_envs: Number of environments
+    :param n_transitions: Samples of the rollout to train on: episodes of random numbers
+    :param observation_shape: Of the rollout to train on
+    :param n_actions: Number of action dimensions of the rollout to train on
+    """
+
+    name: str
+    measured: str
+    contenders: dict[str, Contender]
+    env: str = ""
+    n_envs: int = 1
+    n_transitions: int = 0
+    # Those of HalfCheetah
+    observation_shape: tuple[int, ...] = (17,)
+    n_actions: int = 6
+    discrete: bool = False
+    image: bool = False
+
+    @property
+    def algo(self) -> str:
+        """Ours, as a key in the zoo."""
+        return self.contenders["ours"].algo
+
+    def spec(self, name: str, threads: int = 1, seed: int = 0) -> dict[str, Any]:
+        """
+        :param name: Of a contender
+        :param threads: Of torch
+        :param seed: Of all generators
+        :return: What its worker is built from, fit for JSON
+        """
+        contender = self.contenders[name]
+        of_env, of_rollout = ("env", "n_envs"), ("n_transitions", "observation_shape", "n_actions", "discrete", "image")
+        return {
+            "measured": self.measured,
+            **{key: getattr(self, key) for key in (of_rollout if self.measured == "train" else of_env)},
+            "algo": contender.algo,
+            "settings": self._settings(contender),
+            "sb3_collector": contender.sb3_collector,
+            "threads": threads,
+            "seed": seed,
+        }
+
+    def _settings(self, contender: Contender) -> dict[str, Any]:
+        if not contender.like_zoo:
+            return contender.settings
+        zoo = data.settings(contender.algo, self.env, [])
+        if zoo.pop("n_envs", 1) != self.n_envs:
+            raise ValueError(f"The zoo has another number of environments for {contender.algo} than {self.name}.")
+        del zoo["n_timesteps"]
+        return {**zoo, **contender.settings}
 
 
 def gflop(products: list[Product]) -> float:
@@ -136,8 +215,48 @@ CASES = [
     ),
 ]  # fmt: skip
 
+_MLP = {"policy": "MlpPolicy"}
+# What ours and sb3-contrib's have for defaults
+_TRPO = {**_MLP, "n_steps": 2048, "batch_size": 128, "n_critic_updates": 10, "cg_max_steps": 15}
+_BOTH_TRPO = {"ours": Contender("trpo_fast", _TRPO), "sb3-contrib": Contender("trpo", _TRPO)}
+# Tianshou's conjugate gradients take 10 steps, and its critic sees the whole rollout at once
+_FULL = {**_MLP, "batch_size": None, "n_critic_updates": 10, "cg_max_steps": 10, "learning_rate": 1e-3}
+_TIANSHOU_FULL = {"optim_critic_iters": 10, "learning_rate": 1e-3}
+_REINFORCE = Contender("Reinforce", {"n_episodes": 8, "learning_rate": 5e-3})
 
-def synthetic(case: Case, path: Path, n_transitions: int | None = None) -> None:
+
+def _collect(n_envs: int) -> OnPolicyCase:
+    settings = {**_MLP, "n_steps": 2048 // n_envs}
+    contenders = {"ours": Contender("vpg", settings), "sb3": Contender("vpg", settings, sb3_collector=True)}
+    return OnPolicyCase(f"collect-cartpole-{n_envs}", "collect", contenders, "CartPole-v1", n_envs)
+
+
+def _cartpole(name: str, ours: Contender) -> OnPolicyCase:
+    contenders = {"ours": ours, "sb3": Contender("a2c", like_zoo=True), "tianshou": _REINFORCE}
+    return OnPolicyCase(f"learn-cartpole-{name}", "learn", contenders, "CartPole-v1", 8)
+
+
+def _train(name: str, contenders: dict[str, Contender]) -> list[OnPolicyCase]:
+    return [OnPolicyCase(f"train-{name}-{n}", "train", contenders, n_transitions=n) for n in (2_048, 25_000)]
+
+
+ON_POLICY_CASES = [
+    _collect(1),
+    _collect(8),
+    # 4000 samples in an update, as in Spinning Up, and as in hyperparams/vpg.yml
+    _cartpole("vpg-4000", Contender("vpg", {"n_steps": 500}, like_zoo=True)),
+    _cartpole("vpg", Contender("vpg", like_zoo=True)),
+    _cartpole("npg", Contender("npg", like_zoo=True)),
+    OnPolicyCase("learn-halfcheetah-trpo", "learn", _BOTH_TRPO, "HalfCheetah-v5"),
+    *_train("trpo", _BOTH_TRPO),
+    *_train("npg-full", {"ours": Contender("npg", _FULL), "tianshou": Contender("NPG", _TIANSHOU_FULL)}),
+    *_train("trpo-full", {"ours": Contender("trpo_fast", _FULL), "tianshou": Contender("TRPO", _TIANSHOU_FULL)}),
+]
+
+ALL_CASES: list[Case | OnPolicyCase] = [*CASES, *ON_POLICY_CASES]
+
+
+def synthetic(case: Case | OnPolicyCase, path: Path, n_transitions: int | None = None) -> None:
     """
     Write random transitions, in episodes of 200 steps of which every other one is cut off by a time limit.
 
@@ -166,13 +285,13 @@ def synthetic(case: Case, path: Path, n_transitions: int | None = None) -> None:
     )
 
 
-def by_name(name: str) -> Case:
+def by_name(name: str) -> Case | OnPolicyCase:
     """
     :param name: Of a case
     :return: The case
     :raises ValueError: if there is none, with the names that there are
     """
-    for case in CASES:
+    for case in ALL_CASES:
         if case.name == name:
             return case
-    raise ValueError(f"There is no case {name}, only {', '.join(case.name for case in CASES)}.")
+    raise ValueError(f"There is no case {name}, only {', '.join(case.name for case in ALL_CASES)}.")

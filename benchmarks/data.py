@@ -1,4 +1,4 @@
-"""Offline data, as the peers and the controls want them."""
+"""Hyperparameters of the zoo, and offline data as the peers and the controls want them."""
 
 import ast
 from importlib.resources import files
@@ -12,6 +12,18 @@ from gymnasium import spaces
 from benchmarks.results import PROJECT, Row
 
 
+def additional_conf_file(algo: str, env: str) -> str | None:
+    """
+    :param algo: Key in the zoo
+    :param env: Environment id
+    :return: The file in this folder that has settings for the environment, from the root of the repository; None if the zoo
+        needs no other file than it finds by itself
+    """
+    path = PROJECT / "benchmarks" / f"{algo}.yml"
+    has_env = path.is_file() and env in yaml.safe_load(path.read_text())
+    return path.relative_to(PROJECT).as_posix() if has_env else None
+
+
 def settings(algo: str, env: str, params: list[str]) -> Row:
     """
     :param algo: Key in the zoo
@@ -19,7 +31,7 @@ def settings(algo: str, env: str, params: list[str]) -> Row:
     :param params: ``key:value``, which overrule the file
     :return: The hyperparameters with which the zoo trains
     """
-    own = PROJECT / "hyperparams" / f"{algo}.yml"
+    own = PROJECT / (additional_conf_file(algo, env) or f"hyperparams/{algo}.yml")
     path = own if own.is_file() else files("rl_zoo3") / "hyperparams" / f"{algo}.yml"
     tables = yaml.safe_load(Path(str(path)).read_text())
     overruled = dict(param.split(":", 1) for param in params)

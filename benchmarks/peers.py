@@ -55,7 +55,7 @@ class Worker:
     """
     A contender in a process of its own, waiting for requests until it is closed.
 
-    :param name: A key of ``benchmarks.workers.CONTENDERS``
+    :param name: A key of ``CONTENDERS`` or ``ON_POLICY_CONTENDERS`` in :mod:`benchmarks.workers`
     :param folder: Where the peers' environments are
     :param threads: Of OpenMP
     """

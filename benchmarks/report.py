@@ -13,6 +13,18 @@ from benchmarks.speed import memory_factor, paired_ratio, peers_of
 
 BOOTSTRAP_SAMPLES = 2000
 
+ON_POLICY_TABLES = {
+    "collect": (
+        "Collecting, steps in the environments per second: `learn` of the same algorithm with `train` left out, with our "
+        "collector and with SB3's."
+    ),
+    "learn": "Learning end to end, steps in the environments per second:",
+    "train": (
+        "Updates per second: actor and critic trained on one rollout of random numbers with 17 observations and 6 actions, "
+        "each update from the same untrained parameters. Values and advantages are computed beforehand."
+    ),
+}
+
 
 def interquartile_mean(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """
@@ -136,13 +148,17 @@ def returns_section(title: str, rows: list[Row], figure: Path) -> str:
     curves = grouped(rows, "label")
     plot(curves, title, figure)
     header = ["", "return", "interquartile mean", "normalised", "each seed", "steps", "minutes"]
+    lines = [curve_line(label, of_label) for (label,), of_label in curves.items()]
+    if not any(row["data"] for row in rows):
+        # Scores are normalised by the data, and there are none
+        header, *lines = ([*cells[:3], *cells[4:]] for cells in [header, *lines])
     n_episodes = rows[0]["settings"]["n_episodes"]
     return "\n\n".join(
         [
             f"### {title}",
             f"Mean return of {n_episodes} episodes at the end of training, ± standard error over the seeds; interquartile "
             "mean with its 95 % bootstrap interval.",
-            table(header, (curve_line(label, of_label) for (label,), of_label in curves.items())),
+            table(header, lines),
             *data_lines(rows),
             # From docs/results as well as from a page of docs/algos that includes this one
             f"![Learning curves: {title}](../results/{figure.name})",
@@ -192,6 +208,30 @@ def speed_section(rows: list[Row]) -> str:
     )
 
 
+def on_policy_section(rows: list[Row]) -> str:
+    """:return: tables of the latest measurement of each case and number of threads, with the algorithms that were compared"""
+    latest = [group[-1] for group in grouped(rows, "case", "threads").values()]
+    parts = []
+    for (measured,), of_measured in grouped(latest, "measured").items():
+        peers = list(dict.fromkeys(name for row in of_measured for name in row["rates"] if name != "ours"))
+        lines = []
+        for row in of_measured:
+            names = [row["specs"][name]["algo"] if name in row["specs"] else "" for name in ("ours", *peers)]
+            rates = against(row["rates"], peers)
+            cells = [f"{name} {rate}".strip() for name, rate in zip(names, rates, strict=True)]
+            lines.append([row["case"], str(row["threads"]), *cells])
+        parts += [ON_POLICY_TABLES[measured], table(["case", "threads", "ours", *peers], lines)]
+    return "\n\n".join(
+        [
+            "### Speed",
+            "Long-lived processes take turns; medians of the rounds and in brackets the median of the ratios within a round "
+            "(ours / theirs). The cases are rows of `benchmarks/cases.py`.",
+            *parts,
+            provenance(latest, "command"),
+        ]
+    )
+
+
 def memory_section(rows: list[Row]) -> str:
     """:return: table of the latest measurements of memory"""
     latest = [group[-1] for group in grouped(rows, "case", "transitions").values()]
@@ -226,10 +266,14 @@ def write(path: Path, folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     rows = grouped(results.read(path), "kind")
     sections = [
-        returns_section(f"{env}: {study}", of_study, folder / f"{path.stem}-{study}-{env}.png")
+        returns_section(env if study == "default" else f"{env}: {study}", of_study, folder / f"{path.stem}-{study}-{env}.png")
         for (study, env), of_study in grouped(rows.get(("returns",), []), "study", "env").items()
     ]
-    makers: dict[str, Callable[[list[Row]], str]] = {"speed": speed_section, "memory": memory_section}
+    makers: dict[str, Callable[[list[Row]], str]] = {
+        "speed": speed_section,
+        "on-policy speed": on_policy_section,
+        "memory": memory_section,
+    }
     sections += [make(rows[(kind,)]) for kind, make in makers.items() if (kind,) in rows]
     page = folder / f"{path.stem}.md"
     page.write_text("\n\n".join(sections) + "\n")

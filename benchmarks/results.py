@@ -23,7 +23,18 @@ PACKAGES = (
 # Where and how fast to run is no part of what is measured
 PRIVATE_OPTIONS = ("--dir", "--jobs")
 
+#: Algorithms that are compared with each other share a page; any other has one of its own
+PAGES = dict.fromkeys(("reinforce", "vpg", "npg", "trpo_fast", "trpo"), "policy_gradient")
+
 Row = dict[str, Any]
+
+
+def page_of(algo: str) -> str:
+    """
+    :param algo: Key in the zoo
+    :return: The page its results belong to
+    """
+    return PAGES.get(algo, algo)
 
 
 def path_of(page: str) -> Path:

@@ -133,6 +133,8 @@ def training_command(run: Run, logs: str) -> list[str]:
     :return: Arguments of ``python``
     """
     command = ["-m", "rl_zoo3.train", "--algo", run.algo, "--env", run.env, "--seed", str(run.seed), "--num-threads", "1"]
+    conf_file = data.additional_conf_file(run.algo, run.env)
+    command += ["--conf-file", conf_file] if conf_file else []
     command += ["-f", logs, "--eval-freq", str(max(run.timesteps() // run.n_evaluations, 1))]
     command += ["--eval-episodes", str(CURVE_EPISODES), "--n-eval-envs", str(CURVE_EPISODES)]
     command += ["-n", str(run.n_timesteps)] if run.n_timesteps else []
@@ -142,35 +144,12 @@ def training_command(run: Run, logs: str) -> list[str]:
 
 
 def _zoo(run: Run) -> Row:
-    from sb3_ext.zoo import register
-
-    register()
-    from rl_zoo3.utils import ALGOS, create_test_env, get_saved_hyperparams
-    from stable_baselines3.common.vec_env import DummyVecEnv
-
     with tempfile.TemporaryDirectory() as scratch:
         begin = time.perf_counter()
-        command = [sys.executable, *training_command(run, scratch)]
-        trained = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        log = train(run, scratch)
         seconds = time.perf_counter() - begin
-        if trained.returncode != 0:
-            raise RuntimeError(f"{shlex.join(command)} ended with status {trained.returncode}:\n{trained.stdout[-3000:]}")
-        log = next(Path(scratch, run.algo).glob("*_1"))
-        name = log.name.removesuffix("_1")
         curve = np.load(log / "evaluations.npz")
-        hyperparameters, stats_path = get_saved_hyperparams(str(log / name), test_mode=True)
-        env_kwargs = {**hyperparameters.pop("env_kwargs", {}), **_env_kwargs(run)}
-        env = create_test_env(
-            run.env,
-            n_envs=N_EVALUATION_ENVS,
-            stats_path=stats_path,
-            seed=EVALUATION_SEED,
-            should_render=False,
-            hyperparams=hyperparameters,
-            env_kwargs=env_kwargs,
-            vec_env_cls=DummyVecEnv,
-        )
-        final = _evaluate(ALGOS[run.algo].load(log / f"{name}.zip", device="cpu"), env, run.n_episodes)
+        final = _evaluate(*trained_agent(run, log), run.n_episodes)
     dataset = run.hyperparameters().get("dataset")
     return {
         "command": shlex.join(["python", *training_command(run, "logs")]),
@@ -181,6 +160,49 @@ def _zoo(run: Run) -> Row:
         "data": _description(run, dataset) if isinstance(dataset, str) else None,
         **results.stamp(),
     }
+
+
+def train(run: Run, folder: str) -> Path:
+    """
+    :param run: Of the zoo
+    :param folder: For the logs
+    :return: The zoo's folder of this training
+    :raises RuntimeError: if the training fails, with the end of what it printed
+    """
+    command = [sys.executable, *training_command(run, folder)]
+    trained = subprocess.run(command, cwd=results.PROJECT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if trained.returncode != 0:
+        raise RuntimeError(f"{shlex.join(command)} ended with status {trained.returncode}:\n{trained.stdout[-3000:]}")
+    return next(Path(folder, run.algo).glob("*_1"))
+
+
+def trained_agent(run: Run, log: Path) -> tuple[Any, Any]:
+    """
+    :param run: Of the zoo
+    :param log: See :func:`train`
+    :return: The agent at the end of its training, and the environments that judge it. What VecNormalize learned of the
+        observations in training is applied and no longer changed; rewards are those of the environment.
+    """
+    from sb3_ext.zoo import register
+
+    register()
+    from rl_zoo3.utils import ALGOS, create_test_env, get_saved_hyperparams
+    from stable_baselines3.common.vec_env import DummyVecEnv
+
+    name = log.name.removesuffix("_1")
+    hyperparameters, stats_path = get_saved_hyperparams(str(log / name), test_mode=True)
+    env_kwargs = {**hyperparameters.pop("env_kwargs", {}), **_env_kwargs(run)}
+    env = create_test_env(
+        run.env,
+        n_envs=N_EVALUATION_ENVS,
+        stats_path=stats_path,
+        seed=EVALUATION_SEED,
+        should_render=False,
+        hyperparams=hyperparameters,
+        env_kwargs=env_kwargs,
+        vec_env_cls=DummyVecEnv,
+    )
+    return ALGOS[run.algo].load(log / f"{name}.zip", device="cpu"), env
 
 
 def _env_kwargs(run: Run) -> Row:

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import cases, results
-from benchmarks.peers import Worker
+from benchmarks.peers import PEERS, Worker
 from benchmarks.results import Row
 from benchmarks.workers import load, spaces_env
 
@@ -37,12 +37,12 @@ def calibrate(worker: Worker, verb: str, seconds: float) -> int:
     :param worker: That has been built
     :param verb: ``update`` or ``act``
     :param seconds: Of one measurement
-    :return: Number of updates, or of calls
+    :return: Number of updates, of steps, or of calls
     """
-    n = 1
-    while (elapsed := worker.ask(verb, n=n)["seconds"]) < 0.5 * seconds:
-        n *= 2
-    return max(1, round(n * seconds / elapsed))
+    answer = worker.ask(verb, n=1)
+    while answer["seconds"] < 0.5 * seconds:
+        answer = worker.ask(verb, n=2 * answer["done"])
+    return max(1, round(answer["done"] * seconds / answer["seconds"]))
 
 
 def race(workers: list[Worker], verb: str, seconds: float, rounds: int) -> dict[str, list[float]]:
@@ -51,14 +51,14 @@ def race(workers: list[Worker], verb: str, seconds: float, rounds: int) -> dict[
     :param verb: ``update`` or ``act``
     :param seconds: Of one measurement
     :param rounds: Number of measurements of each worker, in turns
-    :return: Updates or calls per second in each round, by name
+    :return: Updates, steps or calls per second in each round, by name
     """
     amounts = {worker.name: calibrate(worker, verb, seconds) for worker in workers}
     rates: dict[str, list[float]] = {worker.name: [] for worker in workers}
     for _ in range(rounds):
         for worker in workers:
-            n = amounts[worker.name]
-            rates[worker.name].append(n / worker.ask(verb, n=n)["seconds"])
+            answer = worker.ask(verb, n=amounts[worker.name])
+            rates[worker.name].append(answer["done"] / answer["seconds"])
     return rates
 
 
@@ -96,8 +96,50 @@ def measure(case: cases.Case, folder: Path, threads: int, seconds: float, rounds
     }
 
 
+def measure_on_policy(
+    case: cases.OnPolicyCase, folder: Path, threads: int, seconds: float, rounds: int, peers: list[str]
+) -> Row:
+    """
+    :param case: What to time
+    :param folder: Of the peers' environments
+    :param threads: Of torch and OpenMP
+    :param seconds: Of one measurement, or as long as the smallest piece of work takes
+    :param rounds: Number of measurements of each contender
+    :param peers: Contenders in environments of their own to ask beside those in ours
+    :return: The row of results
+    """
+    names = [name for name in case.contenders if name in peers or name not in PEERS]
+    specs = {name: case.spec(name, threads) for name in names}
+    with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
+        data = Path(scratch, "data.npz")
+        if case.measured == "train":
+            cases.synthetic(case, data)
+        workers = [stack.enter_context(Worker(name, folder, threads)) for name in names]
+        versions = {worker.name: worker.ask("build", spec={**specs[worker.name], "data": str(data)}) for worker in workers}
+        rates = race(workers, "update", seconds, rounds)
+    return {
+        "kind": "on-policy speed",
+        "case": case.name,
+        "measured": case.measured,
+        "threads": threads,
+        "rates": {name: results.rounded(of_name) for name, of_name in rates.items()},
+        "specs": specs,
+        "command": results.own_command(),
+        **results.stamp(**{name: answer["versions"][name] for name, answer in versions.items() if name in PEERS}),
+    }
+
+
 def summary(row: Row) -> str:
-    """:return: one line about a row of ``speed`` or ``memory``"""
+    """:return: one line about a row of ``speed``, ``on-policy speed`` or ``memory``"""
+    if row["kind"] == "on-policy speed":
+        rates, unit = row["rates"], "updates/s" if row["measured"] == "train" else "steps/s"
+        parts = [f"ours {statistics.median(rates['ours']):.1f} {unit}"]
+        parts += [
+            f"{paired_ratio(rates['ours'], theirs):.2f} x {name} ({statistics.median(theirs):.1f})"
+            for name, theirs in rates.items()
+            if name != "ours"
+        ]
+        return f"{row['case']}, {row['threads']} thread(s): " + "; ".join(parts)
     if row["kind"] == "memory":
         return (
             f"{row['case']}, {row['transitions']} transitions of {row['transition_bytes'] / 1e6:.0f} MB in all: "

@@ -6,6 +6,8 @@ implementation, so this file needs no more than numpy and what the contender imp
 - ``__init__(spec)``, with the keys of ``spec`` as :func:`benchmarks.cases.Case.spec` gives them and ``data``, an npz file,
 - ``update(n)``: n gradient updates, each on a fresh batch,
 - ``predict(observations)``: actions, one for each observation, Box actions in [-1, 1].
+
+The contenders of on-policy learning are in :mod:`benchmarks.on_policy`.
 """
 
 import functools
@@ -300,6 +302,13 @@ CONTENDERS = {
     "offline-dqn": "benchmarks.controls.OfflineDQN",
     "offline-ddpg": "benchmarks.controls.OfflineDDPG",
 }
+# Those of a spec that says what is measured, see benchmarks.cases.OnPolicyCase
+ON_POLICY_CONTENDERS = {
+    "ours": "benchmarks.on_policy.StableBaselines",
+    "sb3": "benchmarks.on_policy.StableBaselines",
+    "sb3-contrib": "benchmarks.on_policy.StableBaselines",
+    "tianshou": "benchmarks.on_policy.Tianshou",
+}
 
 
 def peak_memory() -> int:
@@ -310,10 +319,10 @@ def peak_memory() -> int:
 
 def serve(name: str) -> None:
     """
-    Answer each line of standard input by one line: ``build`` (with ``spec``), ``update`` and ``act`` (with ``n``; seconds),
-    ``predict`` (with ``observations``), ``peak`` (bytes).
+    Answer each line of standard input by one line: ``build`` (with ``spec``), ``update`` and ``act`` (with ``n``; the
+    seconds, and the amount of work done), ``predict`` (with ``observations``), ``peak`` (bytes).
 
-    :param name: A key of ``CONTENDERS``
+    :param name: A key of ``CONTENDERS`` or ``ON_POLICY_CONTENDERS``
     """
     # Libraries print; what they print must not be taken for an answer
     answers = os.fdopen(os.dup(1), "w")
@@ -325,7 +334,8 @@ def serve(name: str) -> None:
         verb = request["verb"]
         answer: dict[str, Any] = {}
         if verb == "build":
-            contender = pkgutil.resolve_name(CONTENDERS[name])(request["spec"])
+            contenders = ON_POLICY_CONTENDERS if "measured" in request["spec"] else CONTENDERS
+            contender = pkgutil.resolve_name(contenders[name])(request["spec"])
             versions = {package: importlib.metadata.version(package) for package in contender.packages}
             answer["versions"] = {"python": platform.python_version(), **versions}
             if "act_batch" in request["spec"]:
@@ -336,9 +346,11 @@ def serve(name: str) -> None:
         elif verb == "peak":
             answer["bytes"] = peak_memory()
         else:
+            answer["done"] = request["n"]
             begin = time.perf_counter()
             if verb == "update":
-                contender.update(request["n"])
+                # Whole rollouts can be more than was asked for
+                answer["done"] = contender.update(request["n"]) or request["n"]
             else:
                 for _ in range(request["n"]):
                     contender.predict(observations)

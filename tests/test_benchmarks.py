@@ -2,18 +2,32 @@
 
 import json
 import multiprocessing
+import pickle
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
 
 from benchmarks import cases, data, results
-from benchmarks.peers import RemoteAgent, Worker
+from benchmarks.on_policy import StableBaselines
+from benchmarks.peers import DEFAULT_FOLDER, RemoteAgent, Worker
 from benchmarks.report import interquartile_mean, normalized, write
-from benchmarks.returns import Run, pending, training_command
-from benchmarks.speed import paired_ratio
+from benchmarks.returns import (
+    EVALUATION_SEED,
+    N_EVALUATION_ENVS,
+    Run,
+    pending,
+    train,
+    trained_agent,
+    training_command,
+)
+from benchmarks.speed import measure_on_policy, paired_ratio, race
 
 RUN = Run("study", "bcq", "zoo", "bcq", "CartPole-v1", 1)
 
@@ -99,6 +113,44 @@ def test_hyperparameters_of_the_zoo_serve_where_there_are_none_of_ours():
     assert data.settings("bcq", "Unheard-v0", []) == data.settings("bcq", "AlsoUnheard-v0", [])
 
 
+def test_contenders_of_one_page_and_a_page_of_ones_own():
+    assert results.page_of("trpo") == results.page_of("trpo_fast") == results.page_of("vpg") == "policy_gradient"
+    assert results.page_of("bcq") == "bcq"
+
+
+def test_trpo_of_sb3_contrib_has_the_settings_of_the_zoo_under_the_ids_of_today():
+    zoo = yaml.safe_load((files("rl_zoo3") / "hyperparams" / "trpo.yml").read_text())
+    own = yaml.safe_load((results.PROJECT / "benchmarks" / "trpo.yml").read_text())
+    assert own == {env.replace("-v4", "-v5"): settings for env, settings in zoo.items() if env.endswith("-v4")}
+
+    run = replace(RUN, algo="trpo", env="HalfCheetah-v5")
+    command = training_command(run, "logs")
+    assert command[command.index("--conf-file") + 1] == "benchmarks/trpo.yml"
+    assert run.hyperparameters() == zoo["HalfCheetah-v4"]
+    on_cartpole = replace(run, env="CartPole-v1")
+    assert "--conf-file" not in training_command(on_cartpole, "logs")
+    assert on_cartpole.hyperparameters() == zoo["CartPole-v1"]
+    assert "--conf-file" not in training_command(replace(run, algo="trpo_fast"), "logs")
+
+
+def test_the_final_agent_sees_what_it_saw_in_training_and_rewards_are_those_of_the_environment(tmp_path: Path):
+    params = ("normalize:True", "n_steps:64", "n_envs:1", "n_critic_updates:1", "use_sde:False")
+    run = replace(RUN, algo="trpo", env="Pendulum-v1", params=params, n_timesteps=64, n_evaluations=1)
+    log = train(run, str(tmp_path))
+    assert np.load(log / "evaluations.npz")["timesteps"].tolist() == [64]
+    agent, env = trained_agent(run, log)
+    returns, _ = evaluate_policy(agent, env, n_eval_episodes=N_EVALUATION_ENVS, return_episode_rewards=True)
+
+    statistics = pickle.loads((log / "Pendulum-v1" / "vecnormalize.pkl").read_bytes()).obs_rms
+    plain = make_vec_env("Pendulum-v1", N_EVALUATION_ENVS, EVALUATION_SEED)
+    observations, expected = plain.reset(), np.zeros(N_EVALUATION_ENVS)
+    for _ in range(200):
+        seen = np.clip((observations - statistics.mean) / np.sqrt(statistics.var + 1e-8), -10, 10)
+        observations, rewards, _, _ = plain.step(agent.predict(seen.astype(np.float32), deterministic=True)[0])
+        expected += rewards
+    assert sorted(returns) == pytest.approx(sorted(expected), rel=1e-3)
+
+
 def test_operations_of_one_update():
     # Counted by hand for a network of one hidden layer: forward, gradient of both weights, gradient of the hidden layer
     assert cases.gflop(cases.forward(10, 2, 3, 4)) == pytest.approx(2e-9 * 10 * (2 * 3 + 3 * 4))
@@ -138,6 +190,102 @@ def test_a_contender_that_fails_says_why(tmp_path: Path):
         worker.ask("build", spec=cases.CASES[0].spec(data="nowhere.npz"))
 
 
+def small(name: str, **settings: object) -> cases.OnPolicyCase:
+    """A case of on-policy learning with other settings and little data."""
+    case = cases.by_name(name)
+    assert isinstance(case, cases.OnPolicyCase)
+    contenders = {
+        who: contender if who == "tianshou" else replace(contender, settings={**contender.settings, **settings})
+        for who, contender in case.contenders.items()
+    }
+    return replace(case, contenders=contenders, observation_shape=(3,), n_actions=2, n_transitions=case.n_transitions and 400)
+
+
+def test_cases_have_names_of_their_own_and_fit_into_json():
+    names = [case.name for case in cases.ALL_CASES]
+    assert len(set(names)) == len(names)
+    for case in cases.ON_POLICY_CASES:
+        for name in case.contenders:
+            assert json.loads(json.dumps(case.spec(name)))["measured"] == case.measured
+
+
+def test_settings_of_the_zoo_and_what_a_case_changes():
+    case, zoo = small("learn-cartpole-vpg-4000"), data.settings("vpg", "CartPole-v1", [])
+    assert case.n_envs == zoo.pop("n_envs") and zoo.pop("n_timesteps") > 0
+    assert zoo["n_steps"] != 500 and case.spec("ours")["settings"] == {**zoo, "n_steps": 500}
+    with pytest.raises(ValueError, match="another number of environments"):
+        replace(case, n_envs=3).spec("ours")
+
+
+def test_both_collectors_collect_the_same_and_learn_nothing():
+    case, rollouts = small("collect-cartpole-8", n_steps=4), []
+    for name in ("ours", "sb3"):
+        contender = StableBaselines(case.spec(name))
+        policy, values = contender.model.policy, []
+        policy.register_forward_hook(lambda *arguments: values.append(arguments))  # noqa: B023
+        before = policy.action_net.weight.tolist()
+        assert contender.update(40) == 64  # two rollouts
+        assert policy.action_net.weight.tolist() == before
+        # SB3 evaluates all of the policy at each step
+        assert len(values) == (8 if name == "sb3" else 0)
+        rollouts.append(contender.model.rollout_buffer.observations)
+    assert np.allclose(*rollouts, atol=1e-5)
+
+
+def test_training_on_the_same_rollout_from_the_same_parameters(tmp_path: Path):
+    case, path = small("train-trpo-2048"), tmp_path / "data.npz"
+    cases.synthetic(case, path)
+    actors = []
+    for name in case.contenders:
+        contender = StableBaselines({**case.spec(name), "data": str(path)})
+        weights, rollout = contender.model.policy.action_net.weight, contender.model.rollout_buffer
+        actors.append([weights.tolist(), rollout.advantages.copy()])
+        for _ in range(2):
+            assert contender.update(1) == 1
+            actors[-1].append(weights.tolist())
+    ours, contrib = actors
+    assert ours[0] == contrib[0] and np.allclose(ours[1].flatten(), contrib[1].flatten(), atol=1e-5)
+    for start, _, first, second in actors:
+        assert np.allclose(first, second, atol=1e-5) and not np.allclose(start, first, atol=1e-3)
+
+
+def test_learning_counts_its_steps_and_changes_the_policy():
+    contender = StableBaselines(small("learn-cartpole-vpg", n_steps=8).spec("ours"))
+    before = contender.model.policy.action_net.weight.tolist()
+    assert [contender.update(1), contender.update(65)] == [64, 128]
+    assert contender.model.policy.action_net.weight.tolist() != before
+
+
+def test_a_case_of_on_policy_learning_is_measured_without_the_peers_that_are_not_wanted():
+    row = measure_on_policy(small("train-npg-full-2048"), DEFAULT_FOLDER, 1, 0.01, 2, peers=[])
+    assert set(row["rates"]) == set(row["specs"]) == {"ours"}
+    assert len(row["rates"]["ours"]) == 2 and min(row["rates"]["ours"]) > 0
+
+
+@pytest.mark.skipif(not (DEFAULT_FOLDER / "tianshou").exists(), reason="needs `python -m benchmarks peers`")
+@pytest.mark.parametrize("name", ["learn-cartpole-vpg", "train-npg-full-2048", "train-trpo-full-2048"])
+def test_tianshou_learns_on_policy(tmp_path: Path, name: str):
+    case, path = small(name), tmp_path / "data.npz"
+    cases.synthetic(case, path, n_transitions=400)
+    with Worker("tianshou", DEFAULT_FOLDER) as worker:
+        worker.ask("build", spec={**case.spec("tianshou"), "data": str(path)})
+        assert worker.ask("update", n=3)["done"] >= 3
+
+
+class InRollouts:
+    """A worker that does work in multiples of 8, 100 of it in a second."""
+
+    name = "ours"
+
+    def ask(self, verb: str, n: int) -> dict[str, float]:
+        done = -(-n // 8) * 8
+        return {"done": done, "seconds": done / 100}
+
+
+def test_the_rate_counts_what_was_done_not_what_was_asked_for():
+    assert race([InRollouts()], "update", 0.3, 2) == {"ours": [100.0, 100.0]}  # type: ignore[list-item]
+
+
 def test_interquartile_mean_and_report(tmp_path: Path):
     pytest.importorskip("rliable")
     scores = np.array([[0.0, 1.0], [10.0, 1.0], [20.0, 1.0], [1000.0, 1.0]])
@@ -163,3 +311,22 @@ def test_interquartile_mean_and_report(tmp_path: Path):
     assert "| bcq | 110.0 ± 10.0 |" in page and "| 55.0 ± 5.0 | 100 120 | 20 | 1.0 |" in page
     assert "| c | 1 | 30.0 | 10.0 (**3.00 x**) | 40.0 (0.75) | 80 |" in page
     assert (tmp_path / "docs" / "page-study-CartPole-v1.png").stat().st_size > 5000
+
+
+def test_report_of_on_policy_algorithms(tmp_path: Path):
+    pytest.importorskip("rliable")
+    path = tmp_path / "page.jsonl"
+    for algo in ("trpo", "trpo_fast"):
+        for seed, final in ((1, 100.0), (2, 120.0)):
+            run = replace(RUN, study="default", label=algo, algo=algo, seed=seed)
+            results.append(path, {**returns_row(run, final), "data": None})
+    for case, rates in (("a", {"ours": [30.0], "sb3": [10.0]}), ("b", {"ours": [8.0], "tianshou": [4.0]})):
+        specs = {name: {"algo": f"algo-{name}"} for name in rates}
+        row = {"kind": "on-policy speed", "case": case, "measured": "learn", "threads": 1, "rates": rates, "specs": specs}
+        results.append(path, {**row, "command": "python -m benchmarks speed", **results.stamp()})
+    page = write(path, tmp_path / "docs").read_text()
+    assert "### CartPole-v1\n" in page and "normalised" not in page
+    assert "| trpo_fast | 110.0 ± 10.0 |" in page and "| 100 120 | 20 | 1.0 |" in page
+    assert "| a | 1 | algo-ours 30.0 | algo-sb3 10.0 (**3.00 x**) |  |" in page
+    assert "| b | 1 | algo-ours 8.0 |  | algo-tianshou 4.0 (**2.00 x**) |" in page
+    assert (tmp_path / "docs" / "page-default-CartPole-v1.png").stat().st_size > 5000

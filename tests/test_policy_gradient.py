@@ -235,7 +235,12 @@ def test_an_update_of_vpg_equals_a_slow_one_in_float64():
 @pytest.mark.parametrize("batch_size", [None, 16])
 @pytest.mark.parametrize("activation_fn", [nn.Tanh, nn.ReLU])
 def test_critic_by_hand_equals_critic_by_autograd(monkeypatch, batch_size, activation_fn):
-    kwargs = {"n_steps": 40, "n_critic_updates": 3, "batch_size": batch_size, "policy_kwargs": {"activation_fn": activation_fn}}
+    kwargs = {
+        "n_steps": 40,
+        "n_critic_updates": 3,
+        "batch_size": batch_size,
+        "policy_kwargs": {"activation_fn": activation_fn},
+    }
     by_hand, by_autograd = (collected(NPG, "CartPole-v1", **kwargs) for _ in range(2))
     th.manual_seed(1)
     by_hand.train()

@@ -38,8 +38,8 @@ def action_distribution(policy: ActorCriticPolicy, observations: PyTorchObs) -> 
     """
     :param policy: Any actor-critic policy
     :param observations: A batch
-    :return: Its action distribution. The policy has one object for it, which each call changes, and which holds on to the graph
-        of the last one; this is another object.
+    :return: Its action distribution. The policy has one object for it, which each call changes and which keeps the graph of
+        the last one; this is another object.
     """
     shared = policy.action_dist
     policy.action_dist = copy.copy(shared)
@@ -70,9 +70,7 @@ def split_parameters(policy: ActorCriticPolicy) -> tuple[list[nn.Parameter], lis
         values = policy.predict_values(obs)
     policy.set_training_mode(was_training)
     actor_grads = th.autograd.grad(log_prob.sum(), params, allow_unused=True, retain_graph=True)
-    value_grads = (
-        th.autograd.grad(values.sum(), params, allow_unused=True) if values.requires_grad else [None] * len(params)
-    )
+    value_grads = th.autograd.grad(values.sum(), params, allow_unused=True) if values.requires_grad else [None] * len(params)
     actor = [param for param, grad in zip(params, actor_grads, strict=True) if grad is not None]
     critic = [
         param

@@ -56,15 +56,19 @@ class FlatParameters:
 
         :param loss: Scalar. A parameter on which it does not depend gets a gradient of zero.
         """
-        self.set_gradients(th.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True))
+        grads = th.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+        th.cat([_in_memory_order(grad).reshape(-1) for grad in grads], out=self._gradient())
 
-    def set_gradients(self, grads: Sequence[th.Tensor]) -> None:
+    def gradient_views(self) -> list[th.Tensor]:
         """
-        :param grads: The gradient with respect to each of ``params``
+        :return: Views of the gradient, one for each of ``params``, to write to; valid until the next ``bind``
         """
+        return self.unflatten(self._gradient())
+
+    def _gradient(self) -> th.Tensor:
         if self.tensor.grad is None:
             self.tensor.grad = th.empty_like(self.tensor)
-        th.cat([_in_memory_order(grad).reshape(-1) for grad in grads], out=self.tensor.grad)
+        return self.tensor.grad
 
     def flatten(self, tensors: Sequence[th.Tensor]) -> th.Tensor:
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch as th
@@ -19,6 +19,9 @@ _onednn_linear: Any = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.ba
 
 # Products with fewer multiplications than this are as fast in MKL, because calling it costs less
 _MIN_PRODUCT = 2**21
+
+# Gradients of weights with fewer elements than this are as fast in MKL, which takes the transposed factors as they are
+_MIN_WEIGHT = 2**16
 
 
 class MLP(nn.Sequential):
@@ -56,7 +59,7 @@ class MLP(nn.Sequential):
             return _MLPFunction.apply(self._activation_fn, inputs, *self.weights_and_biases())
         return self.activations(inputs)[-1]
 
-    def weights_and_biases(self) -> list[nn.Parameter]:
+    def weights_and_biases(self) -> list[th.Tensor]:
         """
         :return: Weight (output_dim, input_dim) and bias (output_dim,) of each layer, in turns
         """
@@ -70,19 +73,22 @@ class MLP(nn.Sequential):
         with th.no_grad():
             return _activations(inputs, self.weights_and_biases(), self._activation_fn)
 
-    def gradients(self, activations: Sequence[th.Tensor], grad_output: th.Tensor) -> list[th.Tensor]:
+    def gradients(
+        self, activations: Sequence[th.Tensor], grad_output: th.Tensor, out: Sequence[th.Tensor] | None = None
+    ) -> list[th.Tensor]:
         """
         The product of a vector with the Jacobian of the outputs with respect to the parameters, from the right.
 
         :param activations: As ``activations`` returned them
         :param grad_output: Gradient of a loss with respect to the output, (batch, output_dim)
+        :param out: Where to write the result, if given
         :return: Gradient of that loss with respect to each of ``weights_and_biases``
         """
-        parameters = self.weights_and_biases()
+        weights = [linear.weight for linear in self._linears]
+        wanted = [False] + [True] * 2 * len(weights)
         with th.no_grad():
-            wanted = [False] + [True] * len(parameters)
-            gradients = _gradients(activations[:-1], parameters[::2], grad_output, self._activation_fn, wanted)[1:]
-        return [gradient for gradient in gradients if gradient is not None]
+            _, *gradients = _gradients(activations[:-1], weights, grad_output, self._activation_fn, wanted, out)
+        return cast("list[th.Tensor]", gradients)
 
     def tangent(self, activations: Sequence[th.Tensor], tangents: Sequence[th.Tensor]) -> th.Tensor:
         """
@@ -170,15 +176,26 @@ def _multiply(
     :return: ``left @ right.T + bias``, (n, m)
     """
     activation = None if activation_fn is None else _ACTIVATIONS[activation_fn]
-    if _onednn_linear is not None and left.numel() * right.shape[0] >= _MIN_PRODUCT:
+    if _onednn_linear is not None and left.numel() * right.shape[0] >= _MIN_PRODUCT and left.is_cpu:
         return _onednn_linear(left, right, bias, "none" if activation is None else activation.onednn_name, [], "")
     product = F.linear(left, right, bias)
     return product if activation is None else activation.in_place(product)
 
 
-def _activations(
-    inputs: th.Tensor, parameters: Sequence[th.Tensor], activation_fn: type[nn.Module]
-) -> list[th.Tensor]:
+def _weight_gradient(grad: th.Tensor, inputs: th.Tensor, out: th.Tensor | None) -> th.Tensor:
+    """
+    :param grad: (n, m)
+    :param inputs: (n, k)
+    :param out: Where to write the result, if given
+    :return: ``grad.T @ inputs``, (m, k)
+    """
+    if grad.shape[1] * inputs.shape[1] < _MIN_WEIGHT:
+        return th.mm(grad.t(), inputs, out=out)
+    product = _multiply(grad.t(), inputs.t())
+    return product if out is None else out.copy_(product)
+
+
+def _activations(inputs: th.Tensor, parameters: Sequence[th.Tensor], activation_fn: type[nn.Module]) -> list[th.Tensor]:
     """
     :param inputs: (batch, input_dim)
     :param parameters: Weight and bias of each layer
@@ -198,6 +215,7 @@ def _gradients(
     grad_output: th.Tensor,
     activation_fn: type[nn.Module],
     wanted: Sequence[bool],
+    out: Sequence[th.Tensor] | None = None,
 ) -> list[th.Tensor | None]:
     """
     :param activations: The input of each layer
@@ -205,6 +223,7 @@ def _gradients(
     :param grad_output: (batch, output_dim)
     :param activation_fn: Between the layers
     :param wanted: For the inputs, then weight and bias of each layer, whether their gradients are needed
+    :param out: For weight and bias of each layer, where to write their gradients
     :return: The gradients in the order of ``wanted``, None where they are not
     """
     derivative = _ACTIVATIONS[activation_fn].derivative
@@ -212,9 +231,9 @@ def _gradients(
     grads: list[th.Tensor | None] = [None] * len(wanted)
     for layer in reversed(range(len(weights))):
         if wanted[1 + 2 * layer]:
-            grads[1 + 2 * layer] = _multiply(grad.t(), activations[layer].t())
+            grads[1 + 2 * layer] = _weight_gradient(grad, activations[layer], None if out is None else out[2 * layer])
         if wanted[2 + 2 * layer]:
-            grads[2 + 2 * layer] = grad.sum(0)
+            grads[2 + 2 * layer] = th.sum(grad, 0, out=None if out is None else out[2 * layer + 1])
         if not any(wanted[: 1 + 2 * layer]):
             return grads
         grad = _multiply(grad, weights[layer].t())

@@ -10,7 +10,7 @@ import torch as th
 
 def conjugate_gradients(
     product: Callable[[th.Tensor], th.Tensor], b: th.Tensor, max_steps: int, tolerance: float = 1e-10
-) -> th.Tensor:
+) -> tuple[th.Tensor, th.Tensor]:
     """
     Solve ``A x = b`` for a symmetric positive definite matrix, starting from zero.
 
@@ -20,7 +20,8 @@ def conjugate_gradients(
     :param b: (n,)
     :param max_steps: Largest number of products
     :param tolerance: Stop when the squared norm of the residual is below it
-    :return: x, (n,); what has been found so far if A turns out not to be positive definite, or a number is not finite
+    :return: x and A x, both (n,), up to rounding; what has been found so far if A turns out not to be positive definite, or a
+        number is not finite
     """
     x = th.zeros_like(b)
     residual, direction = b.clone(), b.clone()
@@ -38,20 +39,20 @@ def conjugate_gradients(
         residual.sub_(image, alpha=length)
         previous_norm, residual_norm = residual_norm, residual.dot(residual).item()
         direction.mul_(residual_norm / previous_norm).add_(residual)
-    return x
+    return x, b - residual
 
 
-def natural_step(direction: th.Tensor, product: Callable[[th.Tensor], th.Tensor], max_kl: float) -> th.Tensor | None:
+def natural_step(direction: th.Tensor, image: th.Tensor, max_kl: float) -> th.Tensor | None:
     """
     The longest step in a direction that the second-order model of the KL divergence allows: ``1/2 s^T A s = max_kl``
     (TRPO, appendix C).
 
     :param direction: (n,)
-    :param product: Multiplies a vector (n,) by A, the damped Fisher matrix
+    :param image: Its product with A, the damped Fisher matrix, (n,)
     :param max_kl: In nats
     :return: s, (n,); None if the curvature in this direction is not positive and finite, as for a direction of zero
     """
-    curvature = direction.dot(product(direction)).item()
+    curvature = direction.dot(image).item()
     if not 0.0 < curvature < math.inf:
         return None
     return math.sqrt(2 * max_kl / curvature) * direction

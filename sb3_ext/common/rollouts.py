@@ -25,6 +25,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ext.common.actor_critic import actor_network, is_standard
+from sb3_ext.common.observations import map_observations
 
 # Most rows that a network gets at once: more would not be faster, and the activations of images take memory
 MAX_ROWS = 512
@@ -169,14 +170,14 @@ class ActorOnlyRollouts(OnPolicyAlgorithm):
         for start in range(0, len(places), MAX_ROWS):
             chunk = places[start : start + MAX_ROWS]
             tensors = [self.policy.obs_to_tensor(terminal_observations[place])[0] for place in chunk]
-            values = self._values(_map(lambda *parts: th.cat(parts), *tensors))
+            values = self._values(map_observations(lambda *parts: th.cat(parts), *tensors))
             rollout_buffer.rewards[tuple(np.transpose(chunk))] += self.gamma * values
 
     def _evaluate_steps(self, rollout_buffer: RolloutBuffer, steps: slice) -> None:
         def rows(array: np.ndarray) -> th.Tensor:
             return th.as_tensor(array[steps], device=self.device).flatten(end_dim=1)
 
-        observations, actions = _map(rows, rollout_buffer.observations), rows(rollout_buffer.actions)
+        observations, actions = map_observations(rows, rollout_buffer.observations), rows(rollout_buffer.actions)
         actions = actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions.float()
         with th.no_grad():
             if self.bootstrap_truncated:
@@ -225,13 +226,6 @@ _DISTRIBUTIONS: dict[type[Distribution], Callable[[ActorCriticPolicy, th.Tensor]
     MultiCategoricalDistribution: None,
     BernoulliDistribution: None,
 }
-
-
-def _map(function: Callable[..., Any], *observations: Observations) -> Any:
-    """:return: What the function makes of the arrays, or of those of each key"""
-    if isinstance(observations[0], dict):
-        return {key: function(*(each[key] for each in observations)) for key in observations[0]}
-    return function(*observations)
 
 
 def _can_hold(stored: Observations, observations: Observations) -> bool:

@@ -8,10 +8,11 @@ import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, RolloutBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
 
 from sb3_ext.common.fisher import kl_divergence, linearize
 from sb3_ext.common.natural_gradient import conjugate_gradients, natural_step
+from sb3_ext.common.observations import map_observations
 from sb3_ext.common.policy_gradient import PolicyGradientAlgorithm
 
 SelfNPG = TypeVar("SelfNPG", bound="NPG")
@@ -168,13 +169,14 @@ class NPG(PolicyGradientAlgorithm):
 
         fisher = actor
         if self.sub_sampling_factor > 1:
-            fisher = linearize(self.policy, self.actor_parameters, self._sub_sample(observations))
+            some_observations = map_observations(lambda tensor: tensor[:: self.sub_sampling_factor], observations)
+            fisher = linearize(self.policy, self.actor_parameters, some_observations)
 
         def product(vector: th.Tensor) -> th.Tensor:
             return fisher.fisher_product(vector) + self.cg_damping * vector
 
-        direction = conjugate_gradients(product, gradient, self.cg_max_steps)
-        step = natural_step(direction, product, self.target_kl)
+        direction, image = conjugate_gradients(product, gradient, self.cg_max_steps)
+        step = natural_step(direction, image, self.target_kl)
 
         parameters = self.actor_parameters.tensor.data
         old_parameters = parameters.clone()
@@ -195,11 +197,6 @@ class NPG(PolicyGradientAlgorithm):
         self.logger.record("train/is_step_taken", float(outcome is not None))
         self.logger.record("train/policy_objective", (outcome or stay).objective)
         self.logger.record("train/kl_divergence_loss", (outcome or stay).kl)
-
-    def _sub_sample(self, observations: PyTorchObs) -> PyTorchObs:
-        if isinstance(observations, dict):
-            return {key: value[:: self.sub_sampling_factor] for key, value in observations.items()}
-        return observations[:: self.sub_sampling_factor]
 
     def _take_step(self, step: th.Tensor, move: Callable[[th.Tensor], Outcome], stay: Outcome) -> Outcome | None:
         """

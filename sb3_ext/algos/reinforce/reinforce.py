@@ -7,9 +7,10 @@ import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 
 from sb3_ext.algos.vpg import VPG
+from sb3_ext.common.observations import map_observations
 
 SelfREINFORCE = TypeVar("SelfREINFORCE", bound="REINFORCE")
 
@@ -144,7 +145,7 @@ class REINFORCE(VPG):
             self._update_with(returns, is_complete)
         else:
             warnings.warn(
-                f"No update: no episode ended within n_steps={self.n_steps}, and REINFORCE needs the return of whole episodes. "
+                f"No update: no episode ended within n_steps={self.n_steps}, and REINFORCE needs the returns of whole ones. "
                 "Use larger n_steps.",
                 stacklevel=2,
             )
@@ -153,11 +154,7 @@ class REINFORCE(VPG):
     def _update_with(self, returns: np.ndarray, is_complete: np.ndarray) -> None:
         rows = th.as_tensor(is_complete.reshape(-1), device=self.device)
         rollout = self._rollout()
-        observations: PyTorchObs
-        if isinstance(rollout.observations, dict):
-            observations = {key: value[rows] for key, value in rollout.observations.items()}
-        else:
-            observations = rollout.observations[rows]
+        observations = map_observations(lambda tensor: tensor[rows], rollout.observations)
         complete_returns = th.as_tensor(returns.reshape(-1), device=self.device)[rows]
         self._update_actor(observations, rollout.actions[rows], complete_returns - self.baseline)
         if self.running_baseline:

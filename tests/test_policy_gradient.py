@@ -512,8 +512,8 @@ def test_numbers_out_of_range(algo, kwargs):
 
 # --- Learning --------------------------------------------------------------------------------------------------------
 
-# Mean return of 20 episodes after 20,000 steps. A random policy returns about 20; with the sign of the step or of the
-# advantages reversed, all stay below 30.
+# Mean return of 20 episodes after 20,000 steps. Reached: 500, 150, 496, 500. With the sign of the step reversed: 9, 9, 9, and
+# 133 for TRPO, whose line search then rejects all steps.
 LEARNING = [
     (VPG, {"n_steps": 64, "learning_rate": 5e-3, "critic_learning_rate": 5e-3, "n_critic_updates": 10}, 200),
     (REINFORCE, {"n_steps": 128, "learning_rate": 1e-2}, 120),

@@ -11,6 +11,7 @@ import yaml
 from installation import Installation
 
 from sb3_ext.offline.errors import DatasetNotFoundError
+from sb3_ext.zoo.registry import ALGORITHMS
 
 BRIEFLY = ["-n", "60", "--eval-freq", "30", "--eval-episodes", "2"]
 
@@ -53,6 +54,12 @@ def test_console_script(installation, tmp_path):
     script = Path(sysconfig.get_path("scripts"), "rl_zoo3")
     installation.run(script, "train", "--algo", "bcq", "-n", "10", "--eval-freq", "-1", cwd=tmp_path)
     assert (tmp_path / "logs/bcq/CartPole-v1_1/CartPole-v1.zip").is_file()
+
+
+@pytest.mark.parametrize("key", [algorithm.key for algorithm in ALGORITHMS])
+def test_every_algorithm_trains_on_cartpole(installation, tmp_path, key):
+    installation.zoo("train", "--algo", key, "--env", "CartPole-v1", "-n", "60", "--eval-freq", "-1", cwd=tmp_path)
+    assert (tmp_path / f"logs/{key}/CartPole-v1_1/CartPole-v1.zip").is_file()
 
 
 def test_vec_env_subproc(installation, tmp_path):

@@ -1,10 +1,12 @@
 """What the zoo's tuning draws for each algorithm of the registry, and what it makes of a stored trial."""
 
 import inspect
+from importlib.resources import files
 from pkgutil import resolve_name
 
 import optuna
 import pytest
+import yaml
 
 from sb3_ext.zoo.registry import ALGORITHMS
 
@@ -33,9 +35,31 @@ def test_bcq_tunes_the_constraint_of_the_kind_of_action():
     assert "perturbation_scale" in sample(study.ask(), 3, 1, {})
 
 
-def test_keys_are_unique_and_have_hyperparameters():
-    from importlib.resources import files
+# What the zoo takes out of an entry before it calls the constructor
+ZOO_KEYS = {"n_timesteps", "n_envs", "normalize", "env_wrapper", "frame_stack"}
+ENVIRONMENTS = {
+    *("CartPole-v1", "Acrobot-v1", "MountainCar-v0", "LunarLander-v3", "Pendulum-v1", "MountainCarContinuous-v0"),
+    *("LunarLanderContinuous-v3", "BipedalWalker-v3", "HalfCheetah-v5", "Hopper-v5", "Walker2d-v5", "Swimmer-v5", "Ant-v5"),
+    *("default", "atari"),
+}
 
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.key)
+def test_hyperparameters_are_arguments(algorithm):
+    entries = yaml.safe_load(files("sb3_ext.hyperparams").joinpath(f"{algorithm.key}.yml").read_text())
+    accepted = set(inspect.signature(resolve_name(algorithm.class_path)).parameters)
+    assert "default" in entries
+    for env_id, entry in entries.items():
+        assert set(entry) - ZOO_KEYS <= accepted, env_id
+        assert {"n_timesteps", "policy"} <= set(entry), env_id
+
+
+@pytest.mark.parametrize("key", ["vpg", "reinforce", "npg", "trpo_fast"])
+def test_policy_gradients_know_the_environments_of_the_zoo(key):
+    assert set(yaml.safe_load(files("sb3_ext.hyperparams").joinpath(f"{key}.yml").read_text())) == ENVIRONMENTS
+
+
+def test_keys_are_unique_and_have_hyperparameters():
     keys = [algorithm.key for algorithm in ALGORITHMS]
     assert len(keys) == len(set(keys))
     for key in keys:

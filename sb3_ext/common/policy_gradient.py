@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
 import torch as th
@@ -18,7 +18,7 @@ from stable_baselines3.common.policies import (
     BasePolicy,
     MultiInputActorCriticPolicy,
 )
-from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, RolloutBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, RolloutBufferSamples, Schedule
 from stable_baselines3.common.utils import FloatSchedule, explained_variance, update_learning_rate
 from torch.nn import functional as F
 
@@ -27,6 +27,8 @@ from sb3_ext.common.flat_parameters import FlatParameters
 from sb3_ext.common.mlp import MLP
 from sb3_ext.common.observations import map_observations
 from sb3_ext.common.rollouts import ActorOnlyRollouts
+
+SelfPolicyGradientAlgorithm = TypeVar("SelfPolicyGradientAlgorithm", bound="PolicyGradientAlgorithm")
 
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
@@ -296,6 +298,30 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
         if hasattr(self.policy, "log_std"):
             self.logger.record("train/std", self.policy.log_std.exp().mean().item())
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+
+    def learn(
+        self: SelfPolicyGradientAlgorithm,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 1,
+        tb_log_name: str | None = None,
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfPolicyGradientAlgorithm:
+        """
+        Return a trained model.
+
+        :param total_timesteps: Steps to take in all environments together; whole rollouts are collected
+        :param callback: Callback(s) called at every step
+        :param log_interval: Number of rollouts between two writes of the log
+        :param tb_log_name: The name of the run for TensorBoard logging (None: the name of the class)
+        :param reset_num_timesteps: Whether or not to reset the count of steps (used in logging)
+        :param progress_bar: Display a progress bar using tqdm and rich
+        :return: The trained model
+        :raises ValueError: if training diverges
+        """
+        tb_log_name = type(self).__name__ if tb_log_name is None else tb_log_name
+        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)
 
     def _optimizer_names(self) -> list[str]:
         """:return: Attributes that hold the optimizers"""

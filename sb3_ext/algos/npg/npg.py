@@ -2,20 +2,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, RolloutBufferSamples, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, RolloutBufferSamples, Schedule
 
 from sb3_ext.common.fisher import kl_divergence, linearize
 from sb3_ext.common.natural_gradient import conjugate_gradients, natural_step
 from sb3_ext.common.observations import map_observations
 from sb3_ext.common.policy_gradient import PolicyGradientAlgorithm
-
-SelfNPG = TypeVar("SelfNPG", bound="NPG")
 
 
 class Outcome(NamedTuple):
@@ -209,14 +207,3 @@ class NPG(PolicyGradientAlgorithm):
         """
         outcome = move(step)
         return outcome if math.isfinite(outcome.kl) else None
-
-    def learn(
-        self: SelfNPG,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "NPG",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfNPG:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

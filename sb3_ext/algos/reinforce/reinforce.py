@@ -1,18 +1,16 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ext.algos.vpg import VPG
 from sb3_ext.common.observations import map_observations
-
-SelfREINFORCE = TypeVar("SelfREINFORCE", bound="REINFORCE")
 
 # Part of the running baseline that a rollout leaves as it was
 BASELINE_DECAY = 0.9
@@ -162,14 +160,3 @@ class REINFORCE(VPG):
             is_first = self._n_updates == 0
             self.baseline = mean_return if is_first else self.baseline + (1 - BASELINE_DECAY) * (mean_return - self.baseline)
         self._n_updates += 1
-
-    def learn(
-        self: SelfREINFORCE,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "REINFORCE",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfREINFORCE:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

@@ -1,18 +1,16 @@
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Any
 
 import torch as th
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
-from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 
 from sb3_ext.common.actor_critic import action_distribution
 from sb3_ext.common.fisher import kl_divergence
 from sb3_ext.common.policy_gradient import PolicyGradientAlgorithm
-
-SelfVPG = TypeVar("SelfVPG", bound="VPG")
 
 
 class VPG(PolicyGradientAlgorithm):
@@ -160,14 +158,3 @@ class VPG(PolicyGradientAlgorithm):
 
     def _optimizer_names(self) -> list[str]:
         return ["actor_optimizer", *super()._optimizer_names()]
-
-    def learn(
-        self: SelfVPG,
-        total_timesteps: int,
-        callback: MaybeCallback = None,
-        log_interval: int = 1,
-        tb_log_name: str = "VPG",
-        reset_num_timesteps: bool = True,
-        progress_bar: bool = False,
-    ) -> SelfVPG:
-        return super().learn(total_timesteps, callback, log_interval, tb_log_name, reset_num_timesteps, progress_bar)

@@ -166,7 +166,7 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
             self.critic_parameters = FlatParameters(*critic)
             self.critic_optimizer = self._make_optimizer(self.critic_parameters)
         # SB3's optimizer over actor and critic together is not used
-        del self.policy.optimizer
+        vars(self.policy).pop("optimizer", None)
 
     def _make_optimizer(self, parameters: FlatParameters) -> th.optim.Optimizer:
         kwargs = dict(self.policy.optimizer_kwargs)
@@ -180,9 +180,7 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
             parameters = getattr(self, name, None)
             if parameters is not None and not parameters.is_bound:
                 parameters.bind()
-        self._update_learning_rate(
-            [optimizer for name in self._optimizer_names() if (optimizer := getattr(self, name)) is not None]
-        )
+        self._update_learning_rate([getattr(self, name) for name in self._optimizer_names()])
         if self.critic_learning_rate is not None and self.n_critic_updates > 0:
             critic_learning_rate = FloatSchedule(self.critic_learning_rate)(self._current_progress_remaining)
             update_learning_rate(self.critic_optimizer, critic_learning_rate)
@@ -239,8 +237,8 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
             return
         network = critic_network(self.policy)
         compute_gradient: Callable[[Any, th.Tensor], th.Tensor]
-        if network is not None and self._is_all_of_critic(network.weights_and_biases()):
-            # The gradient by hand costs a third of what it costs by autograd
+        if network is not None and self._can_fit_by_hand(network.weights_and_biases()):
+            # By hand, because a small batch keeps autograd busier than the processor
             assert isinstance(observations, th.Tensor)
             observations = observations.float().flatten(1)
             compute_gradient = partial(self._critic_gradient_by_hand, network, self.critic_parameters.gradient_views())
@@ -272,9 +270,10 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
         flat_errors = errors.flatten()
         return flat_errors.dot(flat_errors) * (len(returns) / 4)
 
-    def _is_all_of_critic(self, parameters: list[th.Tensor]) -> bool:
+    def _can_fit_by_hand(self, parameters: list[th.Tensor]) -> bool:
         own = self.critic_parameters.params
-        return len(parameters) == len(own) and all(a is b for a, b in zip(parameters, own, strict=True))
+        has_own_loss = type(self).critic_loss is not PolicyGradientAlgorithm.critic_loss
+        return not has_own_loss and len(parameters) == len(own) and all(a is b for a, b in zip(parameters, own, strict=True))
 
     def _minibatches(self, observations: PyTorchObs, returns: th.Tensor) -> Iterator[tuple[PyTorchObs, th.Tensor]]:
         """One pass over the rollout: all of it at once, or in batches of ``batch_size`` in random order."""

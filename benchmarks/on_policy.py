@@ -47,6 +47,9 @@ class StableBaselines:
 
         th.set_num_threads(spec["threads"])
         settings = dict(spec["settings"])
+        if isinstance(settings.get("learning_rate"), str):
+            # "lin_0.005" in a yml. Its first value: the measurement has no end that a schedule could lead to.
+            settings["learning_rate"] = float(settings["learning_rate"].removeprefix("lin_"))
         if spec["measured"] == "train":
             env, settings["n_steps"] = spaces_env(spec), spec["n_transitions"]
         else:

@@ -174,6 +174,11 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
             kwargs.setdefault("fused", True)
         return self.policy.optimizer_class([parameters.tensor], lr=self.lr_schedule(1), **kwargs)  # type: ignore[call-arg]
 
+    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
+        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
+        # The last rollout goes past the end, and no schedule should see less than 0: learning rates would turn negative
+        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
+
     def _prepare_update(self) -> None:
         """Set the learning rates, and see to it that the optimizers move the parameters that the policy has now."""
         for name in ("actor_parameters", "critic_parameters"):

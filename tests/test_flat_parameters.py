@@ -92,3 +92,11 @@ def test_stays_flat(net, change):
 def test_nothing_to_flatten_is_an_error():
     with pytest.raises(ValueError, match="one dtype and one device"):
         FlatParameters(nn.ReLU())
+
+
+def test_consists_of_the_same_objects_in_the_same_order(net):
+    params = list(net.layers.parameters())
+    assert net.flat.consists_of(params)
+    assert not net.flat.consists_of(params[::-1])
+    assert not net.flat.consists_of(params[:-1])
+    assert not net.flat.consists_of([param.clone() for param in params])

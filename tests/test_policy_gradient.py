@@ -255,6 +255,19 @@ def test_critic_by_hand_equals_critic_by_autograd(monkeypatch, batch_size, activ
     )
 
 
+@each_critic_algorithm
+def test_critic_loss_of_a_subclass_is_used(algo):
+    class Indifferent(algo):
+        def critic_loss(self, observations, returns):
+            return 0.0 * super().critic_loss(observations, returns)
+
+    model = collected(Indifferent, "CartPole-v1", n_steps=64)
+    before = parameters(model)
+    model.train()
+    assert th.equal(model.policy.value_net.weight, before["value_net.weight"])
+    assert not th.equal(model.policy.action_net.weight, before["action_net.weight"])
+
+
 def test_minibatches_are_a_partition_of_the_rollout():
     model = NPG("MlpPolicy", "CartPole-v1", device="cpu", batch_size=4)
     returns = th.arange(10.0)

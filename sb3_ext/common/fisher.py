@@ -79,7 +79,7 @@ def linearize(policy: ActorCriticPolicy, actor_parameters: FlatParameters, obser
     network = actor_network(policy)
     if network is not None and isinstance(observations, th.Tensor):
         expected = [*([policy.log_std] if hasattr(policy, "log_std") else []), *network.weights_and_biases()]
-        if type(policy.action_dist) in _PERCEPTRON_DISTRIBUTIONS and _same(expected, actor_parameters.params):
+        if type(policy.action_dist) in _PERCEPTRON_DISTRIBUTIONS and actor_parameters.consists_of(expected):
             return PerceptronLinearization(policy, network, actor_parameters, observations)
     distribution = action_distribution(policy, observations)
     if all(type(part) in _METRICS for part in _parts(distribution)):
@@ -267,7 +267,3 @@ def _parts(distribution: Distribution) -> list[td.Distribution]:
     """The torch distributions that an SB3 distribution is the product of."""
     inner = distribution.distribution
     return list(inner) if isinstance(inner, (list, tuple)) else [inner]
-
-
-def _same(first: Sequence[th.Tensor], second: Sequence[th.Tensor]) -> bool:
-    return len(first) == len(second) and all(a is b for a, b in zip(first, second, strict=True))

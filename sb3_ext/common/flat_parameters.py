@@ -37,6 +37,13 @@ class FlatParameters:
         self.tensor = nn.Parameter(th.empty(0, dtype=self.params[0].dtype))
         self.bind()
 
+    def consists_of(self, params: Sequence[th.Tensor]) -> bool:
+        """
+        :param params: Parameters
+        :return: Whether these are ``params``, the same objects in the same order
+        """
+        return len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True))
+
     @property
     def is_bound(self) -> bool:
         """Whether the parameters are still views of ``tensor``."""

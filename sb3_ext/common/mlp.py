@@ -112,7 +112,7 @@ class MLP(nn.Sequential):
 
     def as_numpy(self) -> Callable[[np.ndarray], np.ndarray]:
         """
-        For a handful of rows, numpy takes a fraction of the time that torch takes.
+        For a handful of rows, where calling numpy costs less than calling torch.
 
         :return: A function that maps float32 inputs (batch, input_dim) to outputs (batch, output_dim), with the parameters'
             values at the time of calling it, as long as their memory is not replaced. Only on CPU.
@@ -157,7 +157,7 @@ class _Activation(NamedTuple):
 
 
 def _tanh_(tensor: th.Tensor) -> th.Tensor:
-    # numpy's is several times as fast as torch's on CPU
+    # On CPU, numpy's is the faster one
     if not tensor.is_cpu:
         return tensor.tanh_()
     array = tensor.numpy()

@@ -242,7 +242,8 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
             return
         network = critic_network(self.policy)
         compute_gradient: Callable[[Any, th.Tensor], th.Tensor]
-        if network is not None and self._can_fit_by_hand(network.weights_and_biases()):
+        has_this_loss = type(self).critic_loss is PolicyGradientAlgorithm.critic_loss
+        if has_this_loss and network is not None and self.critic_parameters.consists_of(network.weights_and_biases()):
             # By hand, because a small batch keeps autograd busier than the processor
             assert isinstance(observations, th.Tensor)
             observations = observations.float().flatten(1)
@@ -274,11 +275,6 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
         network.gradients(activations, errors, out=gradient)
         flat_errors = errors.flatten()
         return flat_errors.dot(flat_errors) * (len(returns) / 4)
-
-    def _can_fit_by_hand(self, parameters: list[th.Tensor]) -> bool:
-        own = self.critic_parameters.params
-        has_own_loss = type(self).critic_loss is not PolicyGradientAlgorithm.critic_loss
-        return not has_own_loss and len(parameters) == len(own) and all(a is b for a, b in zip(parameters, own, strict=True))
 
     def _minibatches(self, observations: PyTorchObs, returns: th.Tensor) -> Iterator[tuple[PyTorchObs, th.Tensor]]:
         """One pass over the rollout: all of it at once, or in batches of ``batch_size`` in random order."""

@@ -16,6 +16,7 @@ from stable_baselines3.common.envs import IdentityEnvMultiDiscrete
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
+from torch.nn import functional as F
 
 from sb3_ext import BCQ
 from sb3_ext.offline import DatasetError
@@ -268,13 +269,32 @@ def test_constrained_argmax_by_hand():
 def test_q_loss_and_imitation_loss_by_hand():
     model = discrete_bcq(logit_penalty=0.1)
     q_values, actions, target = th.tensor([[1.0, 5.0], [2.0, 0.0]]), th.tensor([[1], [0]]), th.tensor([[2.0], [2.5]])
-    # Huber: |5 - 2| - 0.5 = 2.5 and 0.5 * 0.5^2 = 0.125
-    assert model._q_loss(q_values, actions, target).item() == pytest.approx((2.5 + 0.125) / 2)
+    # Huber: |5 - 2| - 0.5 = 2.5 with slope 1, and 0.5 * 0.5^2 = 0.125 with slope -0.5
+    loss, gradient = model._q_loss(q_values, actions, target)
+    assert loss.item() == pytest.approx((2.5 + 0.125) / 2)
+    th.testing.assert_close(gradient, th.tensor([[0.0, 1.0], [-0.5, 0.0]]) / 2)
     logits = th.tensor([[0.0, math.log(3.0)], [math.log(4.0), 0.0]])
     likelihoods = [0.75, 0.8]
     penalty = 0.1 * (math.log(3.0) ** 2 + math.log(4.0) ** 2) / 4
-    expected = -np.mean(np.log(likelihoods)) + penalty
-    assert model._imitation_loss(logits, actions).item() == pytest.approx(expected)
+    loss, gradient = model._imitation_loss(logits, actions)
+    assert loss.item() == pytest.approx(-np.mean(np.log(likelihoods)) + penalty)
+    # Probability minus one for the action taken, mean over 2 rows; 2 * 0.1 * logit, mean over 4 logits
+    expected = th.tensor([[0.25, -0.25], [-0.2, 0.2]]) / 2 + 0.05 * logits
+    th.testing.assert_close(gradient, expected)
+
+
+def test_the_gradients_of_the_losses_against_autograd():
+    model = discrete_bcq(logit_penalty=0.3)
+    th.manual_seed(0)
+    actions, target = th.randint(8, (16, 1)), th.randn(16, 1)
+    q_values, logits = (2 * th.randn(2, 16, 8)).requires_grad_().unbind()
+    expected_q_loss = F.smooth_l1_loss(q_values.gather(1, actions), target)
+    expected_imitation_loss = F.cross_entropy(logits, actions.squeeze(1)) + 0.3 * logits.square().mean()
+    q_loss, q_gradient = model._q_loss(q_values, actions, target)
+    imitation_loss, logits_gradient = model._imitation_loss(logits, actions)
+    th.testing.assert_close((q_loss, imitation_loss), (expected_q_loss, expected_imitation_loss))
+    expected = th.autograd.grad(expected_q_loss + expected_imitation_loss, [q_values, logits])
+    th.testing.assert_close((q_gradient, logits_gradient), expected)
 
 
 def test_discrete_target_against_a_plain_loop():
@@ -290,7 +310,7 @@ def test_discrete_target_against_a_plain_loop():
         best = max(allowed, key=lambda a: q_values[a])
         value = forward64(policy.q_net_target.q_net, next_obs)[best]
         expected.append([batch.rewards[row].item() + 0.9 * (1 - batch.dones[row].item()) * value])
-    np.testing.assert_allclose(model._discrete_target(batch).numpy(), expected, rtol=1e-4)
+    np.testing.assert_allclose(model._discrete_target(batch, *policy(batch.next_observations)).numpy(), expected, rtol=1e-4)
 
 
 def test_discrete_actions_are_allowed_ones():

@@ -11,6 +11,7 @@ from sb3_ext.common.mlp import MLP, mlp
 @pytest.fixture(params=[0, 2**60], ids=["oneDNN", "MKL"])
 def each_path(request, monkeypatch):
     monkeypatch.setattr(module, "_MIN_PRODUCT", request.param)
+    monkeypatch.setattr(module, "_MIN_WEIGHT_PRODUCT", request.param)
 
 
 def reference(net):
@@ -36,6 +37,17 @@ def test_outputs_and_gradients_equal_those_of_the_layers(each_path, net_arch, ac
     expected_gradients = th.autograd.grad((expected * weighting).sum(), [inputs64, *plain.parameters()])
     for gradient, expected_gradient in zip(gradients, expected_gradients, strict=True):
         th.testing.assert_close(gradient.double(), expected_gradient, rtol=1e-4, atol=1e-4)
+
+
+def test_many_rows_go_through_the_layers_block_by_block(each_path, monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 4)
+    net, inputs = mlp(3, 2, [16, 5]), th.randn(10, 3)
+    blocks = []
+    monkeypatch.setattr(net, "activations", lambda rows: blocks.append(len(rows)) or MLP.activations(net, rows))
+    with th.no_grad():
+        outputs = net(inputs)
+    assert blocks == [4, 4, 2]
+    th.testing.assert_close(outputs.double(), reference(net)(inputs.double()), rtol=1e-5, atol=1e-6)
 
 
 def test_gradients_only_where_they_are_wanted(each_path):

@@ -10,6 +10,8 @@ from typing import Any
 import torch as th
 from torch import nn
 
+from sb3_ext.common.adam import SingleTensorAdam
+
 
 class FlatParameters:
     """
@@ -53,28 +55,33 @@ class FlatParameters:
     def bind(self) -> None:
         """Copy the parameters' current values into one new tensor and make the parameters views of it."""
         self.tensor.grad = None
+        self._gradient_views: list[th.Tensor] = []
         self.tensor.data = self.flatten([param.data for param in self.params])
         for param, view in zip(self.params, self.unflatten(self.tensor.data), strict=True):
             param.data = view
 
-    def backward(self, loss: th.Tensor) -> None:
+    def backward(self, outputs: th.Tensor | Sequence[th.Tensor], gradients: Sequence[th.Tensor] | None = None) -> None:
         """
         Compute the gradient of a loss with respect to these parameters, and to no others.
 
-        :param loss: Scalar. A parameter on which it does not depend gets a gradient of zero.
+        :param outputs: The loss, a scalar, or what it is computed from. A parameter that does not matter for them gets a
+            gradient of zero.
+        :param gradients: Of the loss with respect to each of ``outputs`` (None: they are the loss)
         """
-        grads = th.autograd.grad(loss, self.params, allow_unused=True, materialize_grads=True)
+        grads = th.autograd.grad(outputs, self.params, gradients, allow_unused=True, materialize_grads=True)
         th.cat([_in_memory_order(grad).reshape(-1) for grad in grads], out=self._gradient())
 
     def gradient_views(self) -> list[th.Tensor]:
         """
         :return: Views of the gradient, one for each of ``params``, to write to; valid until the next ``bind``
         """
-        return self.unflatten(self._gradient())
+        self._gradient()
+        return self._gradient_views
 
     def _gradient(self) -> th.Tensor:
         if self.tensor.grad is None:
             self.tensor.grad = th.empty_like(self.tensor)
+            self._gradient_views = self.unflatten(self.tensor.grad)
         return self.tensor.grad
 
     def flatten(self, tensors: Sequence[th.Tensor]) -> th.Tensor:
@@ -94,6 +101,19 @@ class FlatParameters:
             view = part.view(_in_memory_order(param.data).shape)
             views.append(view.permute(0, 3, 1, 2) if param.dim() == 4 else view)
         return views
+
+    def make_optimizer(
+        self, optimizer_class: type[th.optim.Optimizer], learning_rate: float, optimizer_kwargs: dict[str, Any]
+    ) -> th.optim.Optimizer:
+        """
+        :param optimizer_class: SB3's ``optimizer_class``
+        :param learning_rate: > 0
+        :param optimizer_kwargs: SB3's ``optimizer_kwargs``; Adam is fused unless they say something else
+        :return: An optimizer over ``tensor``
+        """
+        if optimizer_class is th.optim.Adam:
+            return SingleTensorAdam([self.tensor], lr=learning_rate, **{"fused": True, **optimizer_kwargs})
+        return optimizer_class([self.tensor], lr=learning_rate, **optimizer_kwargs)  # type: ignore[call-arg]
 
     def minimize(self, loss: th.Tensor, optimizer: th.optim.Optimizer, max_grad_norm: float | None = None) -> None:
         """

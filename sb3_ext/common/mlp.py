@@ -18,10 +18,14 @@ from torch.nn import functional as F
 _onednn_linear: Any = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.backends.mkldnn.is_available() else None
 
 # Products with fewer multiplications than this are as fast in MKL, because calling it costs less
-_MIN_PRODUCT = 2**21
+_MIN_PRODUCT = 2**24
 
-# Gradients of weights with fewer elements than this are as fast in MKL, which takes the transposed factors as they are
-_MIN_WEIGHT = 2**16
+# The same for gradients of weights: MKL takes the transposed factors as they are and writes the result to its place
+_MIN_WEIGHT_PRODUCT = 2**23
+
+# Without gradients, so many rows go through all layers at a time: what lies between the layers stays in the processor's cache,
+# and the memory for it is used again instead of being returned to the system and fetched anew
+_BLOCK_ROWS = 512
 
 
 class MLP(nn.Sequential):
@@ -60,7 +64,9 @@ class MLP(nn.Sequential):
             return super().forward(inputs)
         if th.is_grad_enabled():
             return _MLPFunction.apply(self._activation_fn, inputs, *self.weights_and_biases())
-        return self.activations(inputs)[-1]
+        if len(inputs) <= _BLOCK_ROWS:
+            return self.activations(inputs)[-1]
+        return th.cat([self.activations(block)[-1] for block in inputs.split(_BLOCK_ROWS)])
 
     def weights_and_biases(self) -> list[th.Tensor]:
         """
@@ -203,7 +209,7 @@ def _weight_gradient(grad: th.Tensor, inputs: th.Tensor, out: th.Tensor | None) 
     :param out: Where to write the result, if given
     :return: ``grad.T @ inputs``, (m, k)
     """
-    if grad.shape[1] * inputs.shape[1] < _MIN_WEIGHT:
+    if grad.numel() * inputs.shape[1] < _MIN_WEIGHT_PRODUCT:
         return th.mm(grad.t(), inputs, out=out)
     product = _multiply(grad.t(), inputs.t())
     return product if out is None else out.copy_(product)

@@ -169,10 +169,7 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
         vars(self.policy).pop("optimizer", None)
 
     def _make_optimizer(self, parameters: FlatParameters) -> th.optim.Optimizer:
-        kwargs = dict(self.policy.optimizer_kwargs)
-        if self.policy.optimizer_class is th.optim.Adam:
-            kwargs.setdefault("fused", True)
-        return self.policy.optimizer_class([parameters.tensor], lr=self.lr_schedule(1), **kwargs)  # type: ignore[call-arg]
+        return parameters.make_optimizer(self.policy.optimizer_class, self.lr_schedule(1), self.policy.optimizer_kwargs)
 
     def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
         super()._update_current_progress_remaining(num_timesteps, total_timesteps)

@@ -271,34 +271,51 @@ class BCQ(OfflineAlgorithm):
     def _discrete_update(self, replay_data: Samples) -> None:
         policy = cast(DiscreteBCQPolicy, self.policy)
         actions = replay_data.actions - int(self.action_space.start)  # type: ignore[attr-defined]
-        q_values, logits = policy(replay_data.observations)
-        q_loss = self._q_loss(q_values, actions, self._discrete_target(replay_data))
-        imitation_loss = self._imitation_loss(logits, actions)
-        policy.flat.minimize(q_loss + imitation_loss, policy.optimizer)
+        online = policy.evaluate(replay_data.observations, replay_data.next_observations)
+        q_values, logits = online.outputs
+        target_q_values = self._discrete_target(replay_data, *online.next_outputs)
+        q_loss, q_gradient = self._q_loss(q_values, actions, target_q_values)
+        imitation_loss, logits_gradient = self._imitation_loss(logits, actions)
+        online.backward(q_gradient, logits_gradient)
+        policy.optimizer.step()
 
         if (self._n_updates + 1) % self.target_update_interval == 0:
             policy.flat_target.polyak_update(policy.flat, self.tau)
         self._record_losses(q_loss=q_loss, imitation_loss=imitation_loss)
 
     @th.no_grad()
-    def _discrete_target(self, replay_data: Samples) -> th.Tensor:
+    def _discrete_target(self, replay_data: Samples, q_values: th.Tensor, logits: th.Tensor) -> th.Tensor:
         """
         The online network chooses among the likely actions, the target network values the choice, (batch, 1).
 
-        ``dones`` is set by termination only: a truncated episode goes on in the target.
+        ``q_values`` and ``logits``, (batch, n_actions), are the online network's for the next observations. ``dones`` is set
+        by termination only: a truncated episode goes on in the target.
         """
         policy = cast(DiscreteBCQPolicy, self.policy)
-        next_actions = policy.constrained_argmax(*policy(replay_data.next_observations))
+        next_actions = policy.constrained_argmax(q_values, logits)
         next_q_values = policy.q_net_target(replay_data.next_observations).gather(1, next_actions)
         return replay_data.rewards + self.gamma * (1.0 - replay_data.dones) * next_q_values
 
-    def _q_loss(self, q_values: th.Tensor, actions: th.Tensor, target_q_values: th.Tensor) -> th.Tensor:
-        """Huber loss of the values of the actions taken, mean over the batch."""
-        return F.smooth_l1_loss(q_values.gather(1, actions), target_q_values)
+    @staticmethod
+    @th.no_grad()
+    def _q_loss(q_values: th.Tensor, actions: th.Tensor, target_q_values: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """Huber loss of the values of the actions taken, mean over the batch, and the gradient for ``q_values``."""
+        current_q_values = q_values.gather(1, actions)
+        slopes = (current_q_values - target_q_values).clamp_(-1.0, 1.0).div_(len(actions))
+        gradient = th.zeros_like(q_values).scatter_(1, actions, slopes)
+        return F.smooth_l1_loss(current_q_values, target_q_values), gradient
 
-    def _imitation_loss(self, logits: th.Tensor, actions: th.Tensor) -> th.Tensor:
-        """Negative log-likelihood of the data's actions, and a penalty that keeps the logits small."""
-        return F.cross_entropy(logits, actions.squeeze(1)) + self.logit_penalty * logits.square().mean()
+    @th.no_grad()
+    def _imitation_loss(self, logits: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Negative log-likelihood of the data's actions plus a penalty that keeps the logits small, and the gradient for
+        ``logits``.
+        """
+        log_probs = logits.log_softmax(dim=1)
+        loss = self.logit_penalty * logits.square().mean() - log_probs.gather(1, actions).mean()
+        # Probability minus 1 for the action taken
+        gradient = log_probs.exp_().scatter_add_(1, actions, logits.new_full(actions.shape, -1.0)).div_(len(actions))
+        return loss, gradient.add_(logits, alpha=2.0 * self.logit_penalty / logits.numel())
 
     def learn(
         self: SelfBCQ,

@@ -20,6 +20,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import QNetwork
 from torch import nn
 
+from sb3_ext.common.evaluation import Evaluation, evaluate
 from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
 from sb3_ext.common.mlp import MLP, mlp
 
@@ -111,7 +112,7 @@ class BCQPolicy(FlatParametersMixin, BasePolicy):
     :param normalize_images: Whether to normalize images or not, dividing by 255.0
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
     :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer.
-        The default for Adam is ``dict(fused=True)``.
+        Adam is fused unless they say something else.
     """
 
     #: Names of the optimizers, each over one of the policy's :class:`FlatParameters`
@@ -129,8 +130,6 @@ class BCQPolicy(FlatParametersMixin, BasePolicy):
         optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
         optimizer_kwargs: dict[str, Any] | None = None,
     ) -> None:
-        if optimizer_kwargs is None:
-            optimizer_kwargs = {"fused": True} if optimizer_class is th.optim.Adam else {}
         super().__init__(
             observation_space,
             action_space,
@@ -152,7 +151,7 @@ class BCQPolicy(FlatParametersMixin, BasePolicy):
         }
 
     def make_optimizer(self, flat: FlatParameters, lr_schedule: Schedule) -> th.optim.Optimizer:
-        return self.optimizer_class([flat.tensor], lr=lr_schedule(1), **self.optimizer_kwargs)  # type: ignore[call-arg]
+        return flat.make_optimizer(self.optimizer_class, lr_schedule(1), self.optimizer_kwargs)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
@@ -384,8 +383,20 @@ class DiscreteBCQPolicy(BCQPolicy):
         :param obs: Batch of observations
         :return: Values and imitation logits, (batch, n_actions) each
         """
-        features = self.q_net.extract_features(obs, self.q_net.features_extractor)
+        features = self._features(obs)
         return self.q_net.q_net(features), self.imitation_net(features)
+
+    def evaluate(self, obs: PyTorchObs, next_obs: PyTorchObs) -> Evaluation:
+        """
+        :param obs: Batch of observations
+        :param next_obs: The observations after them
+        :return: Values and imitation logits, (batch, n_actions) each, of both; ``backward`` sets the gradient of ``flat``
+        """
+        heads = [cast(MLP, self.q_net.q_net), self.imitation_net]
+        return evaluate(self._features, heads, self.flat, obs, next_obs)
+
+    def _features(self, obs: PyTorchObs) -> th.Tensor:
+        return self.q_net.extract_features(obs, self.q_net.features_extractor)
 
     def constrained_argmax(self, q_values: th.Tensor, logits: th.Tensor) -> th.Tensor:
         """

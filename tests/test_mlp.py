@@ -88,3 +88,15 @@ def test_a_copy_has_layers_of_its_own(each_path):
 def test_other_types_take_the_plain_path():
     net = mlp(3, 2, [4]).double()
     assert net(th.ones(1, 3, dtype=th.float64)).dtype == th.float64
+
+
+def test_products_with_the_jacobian_block_by_block(each_path, monkeypatch):
+    th.manual_seed(0)
+    net, inputs, grad_output = mlp(3, 2, [16, 5], nn.Tanh), th.randn(10, 3), th.randn(10, 2)
+    tangents = [th.randn_like(parameter) for parameter in net.weights_and_biases()]
+    activations = net.activations(inputs)
+    expected = net.gradients(activations, grad_output), net.tangent(activations, tangents)
+    monkeypatch.setattr(module, "_GRADIENT_BLOCK_ROWS", 4)
+    out = [th.empty_like(parameter) for parameter in net.weights_and_biases()]
+    th.testing.assert_close((net.gradients(activations, grad_output, out=out), net.tangent(activations, tangents)), expected)
+    th.testing.assert_close(out, expected[0])

@@ -14,7 +14,7 @@ _fused_adam: Any = getattr(th, "_fused_adam_", None)
 class SingleTensorAdam(th.optim.Adam):
     """
     torch's Adam for a single parameter, with the same numbers and the same state. A small network spends a good part of
-    its optimizer step on looking for parameters; here there is nothing to look for.
+    its optimizer step on looking for parameters; here there is nothing to look for. Hooks of optimizers are not called.
 
     :param args: As of ``th.optim.Adam``
     :param kwargs: As of ``th.optim.Adam``
@@ -48,6 +48,9 @@ class SingleTensorAdam(th.optim.Adam):
                 found_inf=None,
             )
         return None
+
+    # The base class wraps a step that does not say this into calls of hooks and the profiler
+    step.hooked = True  # type: ignore[attr-defined]
 
     @staticmethod
     def _is_plain(group: dict[str, Any]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -26,6 +26,9 @@ _MIN_WEIGHT_PRODUCT = 2**23
 # Without gradients, so many rows go through all layers at a time: what lies between the layers stays in the processor's cache,
 # and the memory for it is used again instead of being returned to the system and fetched anew
 _BLOCK_ROWS = 512
+
+# The same for products with the Jacobian, which call more operators for a block
+_GRADIENT_BLOCK_ROWS = 2048
 
 
 class MLP(nn.Sequential):
@@ -66,7 +69,7 @@ class MLP(nn.Sequential):
             return _MLPFunction.apply(self._activation_fn, inputs, *self.weights_and_biases())
         if len(inputs) <= _BLOCK_ROWS:
             return self.activations(inputs)[-1]
-        return th.cat([self.activations(block)[-1] for block in inputs.split(_BLOCK_ROWS)])
+        return th.cat([self.activations(block)[-1] for (block,) in _blocks(_BLOCK_ROWS, inputs)])
 
     def weights_and_biases(self) -> list[th.Tensor]:
         """
@@ -93,6 +96,16 @@ class MLP(nn.Sequential):
         :param out: Where to write the result, if given
         :return: Gradient of that loss with respect to each of ``weights_and_biases``
         """
+        if len(grad_output) > _GRADIENT_BLOCK_ROWS:
+            first, *others = [
+                self.gradients(block, block_grad_output)
+                for *block, block_grad_output in _blocks(_GRADIENT_BLOCK_ROWS, *activations, grad_output)
+            ]
+            for other in others:
+                th._foreach_add_(first, other)
+            if out is not None:
+                th._foreach_copy_(list(out), first)
+            return first
         wanted = [False] + [True] * len(self._weights_and_biases)
         with th.no_grad():
             _, *gradients = _gradients(activations[:-1], self._weights, grad_output, self._activation_fn, wanted, out)
@@ -107,6 +120,8 @@ class MLP(nn.Sequential):
         :param tangents: The direction, in the shapes of ``weights_and_biases``
         :return: (batch, output_dim)
         """
+        if len(activations[0]) > _GRADIENT_BLOCK_ROWS:
+            return th.cat([self.tangent(block, tangents) for block in _blocks(_GRADIENT_BLOCK_ROWS, *activations)])
         derivative = _ACTIVATIONS[self._activation_fn].derivative
         with th.no_grad():
             tangent = _multiply(activations[0], tangents[0], tangents[1])
@@ -152,7 +167,7 @@ class _Activation(NamedTuple):
     """
     :param onednn_name: Its name in oneDNN, if it is fastest there
     :param in_place: Apply it to a tensor
-    :param derivative: (vector, output) -> vector times its derivative at the input that gave the output
+    :param derivative: (vector, output) -> the vector, in place times the derivative at the input that gave the output
     :param numpy_in_place: Apply it to an array
     """
 
@@ -175,10 +190,15 @@ _ACTIVATIONS: dict[type[nn.Module], _Activation] = {
     nn.ReLU: _Activation(
         "relu",
         th.Tensor.relu_,
-        lambda vector, output: th.ops.aten.threshold_backward(vector, output, 0),
+        lambda vector, output: th.ops.aten.threshold_backward.grad_input(vector, output, 0, grad_input=vector),
         lambda array: np.maximum(array, 0, out=array),
     ),
-    nn.Tanh: _Activation(None, _tanh_, th.ops.aten.tanh_backward, lambda array: np.tanh(array, out=array)),
+    nn.Tanh: _Activation(
+        None,
+        _tanh_,
+        lambda vector, output: th.ops.aten.tanh_backward.grad_input(vector, output, grad_input=vector),
+        lambda array: np.tanh(array, out=array),
+    ),
 }
 
 
@@ -213,6 +233,11 @@ def _weight_gradient(grad: th.Tensor, inputs: th.Tensor, out: th.Tensor | None) 
         return th.mm(grad.t(), inputs, out=out)
     product = _multiply(grad.t(), inputs.t())
     return product if out is None else out.copy_(product)
+
+
+def _blocks(n_rows: int, *tensors: th.Tensor) -> Iterator[tuple[th.Tensor, ...]]:
+    """:return: the tensors' first ``n_rows`` rows, then the next ones, and so on"""
+    return zip(*[tensor.split(n_rows) for tensor in tensors], strict=True)
 
 
 def _activations(inputs: th.Tensor, parameters: Sequence[th.Tensor], activation_fn: type[nn.Module]) -> list[th.Tensor]:

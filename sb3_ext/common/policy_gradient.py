@@ -268,10 +268,9 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
     @staticmethod
     def _critic_gradient_by_hand(network: MLP, gradient: list[th.Tensor], observations: Any, returns: th.Tensor) -> th.Tensor:
         activations = network.activations(observations)
-        errors = (activations[-1].detach() - returns.unsqueeze(1)).mul_(2 / len(returns))
-        network.gradients(activations, errors, out=gradient)
-        flat_errors = errors.flatten()
-        return flat_errors.dot(flat_errors) * (len(returns) / 4)
+        values, targets = activations[-1], returns.unsqueeze(1)
+        network.gradients(activations, (values - targets).mul_(2 / len(targets)), out=gradient)
+        return th.ops.aten.mse_loss(values, targets)
 
     def _minibatches(self, observations: PyTorchObs, returns: th.Tensor) -> Iterator[tuple[PyTorchObs, th.Tensor]]:
         """One pass over the rollout: all of it at once, or in batches of ``batch_size`` in random order."""

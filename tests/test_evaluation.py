@@ -1,4 +1,4 @@
-"""Networks on observations and next observations: the fast form against float64 and against automatic differentiation."""
+"""Networks on observations and next observations: by hand and by automatic differentiation, against float64."""
 
 import copy
 
@@ -8,11 +8,11 @@ from gymnasium import spaces
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from torch import nn
 
-from sb3_ext.common.evaluation import GraphEvaluation, PerceptronEvaluation, evaluate
+from sb3_ext.common.evaluation import GraphEvaluation, Heads, PerceptronEvaluation
 from sb3_ext.common.flat_parameters import FlatParameters
 from sb3_ext.common.mlp import MLP, mlp
 
-EXTRACTOR = FlattenExtractor(spaces.Box(-1, 1, (3,)))
+FLATTEN = FlattenExtractor(spaces.Box(-1, 1, (3,)))
 
 
 @pytest.fixture
@@ -23,66 +23,79 @@ def batches():
 
 @pytest.fixture
 def gradients():
-    return th.randn(5, 2, generator=th.Generator().manual_seed(1)), th.randn(5, 4, generator=th.Generator().manual_seed(2))
+    th.manual_seed(1)
+    return th.randn(5, 2), th.randn(5, 4)
 
 
-def expected_gradient(heads, obs, gradients):
-    """In float64, parameter after parameter."""
-    heads = [nn.Sequential(*copy.deepcopy(list(head))).double() for head in heads]
-    loss = sum((head(obs.double()) * gradient.double()).sum() for head, gradient in zip(heads, gradients, strict=True))
-    parameters = [parameter for head in heads for parameter in head.parameters()]
-    return th.cat([gradient.reshape(-1) for gradient in th.autograd.grad(loss, parameters)])
+def make_heads(extract_features=FLATTEN, features_dim=3, activation_fn=nn.ReLU, trunk_arch=None, features=(), **kwargs):
+    trunk = None if trunk_arch is None else mlp(features_dim, 6, trunk_arch, activation_fn)
+    heads_input = features_dim if trunk is None else 6
+    networks = [mlp(heads_input, 2, [7, 6], activation_fn), mlp(heads_input, 4, [5], activation_fn)]
+    flat = FlatParameters(*features, *([] if trunk is None else [trunk]), *networks)
+    return Heads(extract_features, networks, flat, trunk, activation_fn, **kwargs)
+
+
+def expected_gradient(heads, obs, gradients, features=()):
+    """Of the parameters of ``flat``, layer by layer in float64."""
+    layers, networks = [], []
+    for module in (*features, *([] if heads.trunk is None else [heads.trunk])):
+        layers.append(nn.Sequential(*copy.deepcopy(list(module))).double())
+    networks = [nn.Sequential(*copy.deepcopy(list(head))).double() for head in heads.heads]
+    hidden = obs.double()
+    for layer in layers:
+        hidden = layer(hidden)
+    if heads.trunk is not None:
+        hidden = heads.activation_fn()(hidden)
+    shared = [parameter for layer in layers for parameter in layer.parameters()]
+    own = [parameter for network in networks for parameter in network.parameters()]
+    loss = sum((network(hidden) * gradient.double()).sum() for network, gradient in zip(networks, gradients, strict=True))
+    grads = th.autograd.grad(loss, shared + own)
+    scales = len(shared) * [heads.shared_gradient_scale] + len(own) * [1.0]
+    return th.cat([scale * grad.reshape(-1) for scale, grad in zip(scales, grads, strict=True)])
+
+
+def check(heads, batches, gradients, kind, features=()):
+    evaluation = heads.evaluate(*batches)
+    assert isinstance(evaluation, kind)
+    with th.no_grad():
+        th.testing.assert_close(evaluation.outputs, heads(batches[0]))
+        th.testing.assert_close(evaluation.next_outputs, heads(batches[1]))
+    expected = expected_gradient(heads, batches[0], gradients, features)
+    for _ in range(2):  # the second time, the gradient's memory is there and holds a result
+        heads.evaluate(*batches).backward(*gradients)
+        th.testing.assert_close(heads.flat.tensor.grad.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
-def test_perceptrons_by_hand(batches, gradients, activation_fn):
-    heads = [mlp(3, 2, [7, 6], activation_fn), mlp(3, 4, [5], activation_fn)]
-    flat = FlatParameters(*heads)
-    evaluation = evaluate(EXTRACTOR, heads, flat, *batches)
-    assert isinstance(evaluation, PerceptronEvaluation)
-    for head, output, next_output in zip(heads, evaluation.outputs, evaluation.next_outputs, strict=True):
-        th.testing.assert_close(output, head(batches[0]).detach())
-        th.testing.assert_close(next_output, head(batches[1]).detach())
-    expected = expected_gradient(heads, batches[0], gradients)
-    for _ in range(2):  # the second time, the gradient's memory is there and holds the first result
-        evaluation.backward(*gradients)
-        th.testing.assert_close(flat.tensor.grad.double(), expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("trunk_arch", [None, [], [8]])
+def test_perceptrons(batches, gradients, activation_fn, trunk_arch):
+    heads = make_heads(activation_fn=activation_fn, trunk_arch=trunk_arch, shared_gradient_scale=0.5)
+    check(heads, batches, gradients, PerceptronEvaluation)
 
 
-def test_heads_that_are_no_plain_perceptrons(batches, gradients):
-    heads = [MLP(nn.Linear(3, 4), nn.ELU(), nn.Linear(4, 2)), mlp(3, 4, [5])]
-    flat = FlatParameters(*heads)
-    evaluation = evaluate(EXTRACTOR, heads, flat, *batches)
-    assert isinstance(evaluation, GraphEvaluation)
-    th.testing.assert_close(evaluation.next_outputs[0], heads[0](batches[1]).detach())
-    evaluation.backward(*gradients)
-    expected = expected_gradient(heads, batches[0], gradients)
-    th.testing.assert_close(flat.tensor.grad.double(), expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("trunk_arch", [None, [8]])
+def test_other_activation_functions(batches, gradients, trunk_arch):
+    heads = make_heads(activation_fn=nn.ELU, trunk_arch=trunk_arch, shared_gradient_scale=0.5)
+    check(heads, batches, gradients, GraphEvaluation)
 
 
-def test_features_that_learn(batches, gradients):
-    features, heads = nn.Sequential(nn.Linear(3, 6), nn.ReLU()), [mlp(6, 2, [5]), mlp(6, 4, [5])]
-    flat = FlatParameters(features, *heads)
-    evaluation = evaluate(features, heads, flat, *batches)
-    assert isinstance(evaluation, GraphEvaluation)
-    evaluation.backward(*gradients)
-    outputs = [head(features(batches[0])) for head in heads]
-    expected = th.autograd.grad(outputs, list(flat.params), gradients)
-    th.testing.assert_close(flat.tensor.grad, th.cat([gradient.reshape(-1) for gradient in expected]))
-    assert flat.gradient_views()[0].abs().sum() > 0
+@pytest.mark.parametrize("trunk_arch", [None, [8]])
+def test_features_that_learn(batches, gradients, trunk_arch):
+    features = MLP(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 3))
+    heads = make_heads(features, trunk_arch=trunk_arch, features=[features], shared_gradient_scale=0.5)
+    check(heads, batches, gradients, GraphEvaluation, [features])
 
 
 def test_dict_observations(batches, gradients):
-    heads = [mlp(3, 2, [7]), mlp(3, 4, [5])]
-    flat = FlatParameters(*heads)
-    obs, next_obs = ({"a": batch[:, :1], "b": batch[:, 1:]} for batch in batches)
-
     def features(obs):
         return th.cat([obs["b"], obs["a"]], dim=1)
 
-    evaluation = evaluate(features, heads, flat, obs, next_obs)
+    heads = make_heads(features)
+    obs, next_obs = ({"a": batch[:, :1], "b": batch[:, 1:]} for batch in batches)
+    evaluation = heads.evaluate(obs, next_obs)
     assert isinstance(evaluation, PerceptronEvaluation)
-    th.testing.assert_close(evaluation.next_outputs[1], heads[1](features(next_obs)).detach())
+    with th.no_grad():
+        th.testing.assert_close(evaluation.next_outputs, heads(next_obs))
     evaluation.backward(*gradients)
     expected = expected_gradient(heads, features(obs), gradients)
-    th.testing.assert_close(flat.tensor.grad.double(), expected, rtol=1e-4, atol=1e-5)
+    th.testing.assert_close(heads.flat.tensor.grad.double(), expected, rtol=1e-4, atol=1e-5)

@@ -3,22 +3,81 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Protocol
 
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
+from torch import nn
 
 from sb3_ext.common.flat_parameters import FlatParameters
-from sb3_ext.common.mlp import MLP
+from sb3_ext.common.mlp import ACTIVATIONS, MLP
 from sb3_ext.common.observations import map_observations
+
+
+@dataclass
+class Heads:
+    """
+    Networks that share what lies in front of them: observations -> features -> trunk, activation function -> each head.
+
+    :param extract_features: From a batch of observations to the features, (batch, features_dim)
+    :param heads: The networks at the end
+    :param flat: The parameters of all, in the order of the computation
+    :param trunk: The shared layers behind the features, without their last activation function (None: there are none)
+    :param activation_fn: Behind the trunk
+    :param shared_gradient_scale: The gradient that the heads send back is multiplied by it before it goes on
+    """
+
+    extract_features: Callable[[PyTorchObs], th.Tensor]
+    heads: Sequence[MLP]
+    flat: FlatParameters
+    trunk: MLP | None = None
+    activation_fn: type[nn.Module] = nn.ReLU
+    shared_gradient_scale: float = 1.0
+
+    def hidden(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: Batch of observations
+        :return: What the heads see, (batch, hidden_dim)
+        """
+        features = self.extract_features(obs)
+        return features if self.trunk is None else self.activation_fn()(self.trunk(features))
+
+    def __call__(self, obs: PyTorchObs) -> list[th.Tensor]:
+        """
+        :param obs: Batch of observations
+        :return: The outputs of the heads, (batch, output_dim) each
+        """
+        hidden = self.hidden(obs)
+        return [head(hidden) for head in self.heads]
+
+    def evaluate(self, obs: PyTorchObs, next_obs: PyTorchObs) -> Evaluation:
+        """
+        :param obs: Batch of observations
+        :param next_obs: The observations after them
+        :return: The outputs for both. Valid until the parameters change.
+        """
+        if self._are_perceptrons():
+            return PerceptronEvaluation(self, self.extract_features(map_observations(_cat, obs, next_obs)))
+        return GraphEvaluation(self, obs, next_obs)
+
+    def _are_perceptrons(self) -> bool:
+        networks = [*([] if self.trunk is None else [self.trunk]), *self.heads]
+        parameters = [parameter for network in networks for parameter in network.weights_and_biases()]
+        is_known = self.activation_fn in ACTIVATIONS and all(network.is_plain for network in networks)
+        return is_known and self.flat.consists_of(parameters)
+
+
+def _cat(*batches: th.Tensor) -> th.Tensor:
+    return th.cat(batches)
 
 
 class Evaluation(Protocol):
     """
-    What networks make of the observations and of the next observations.
+    What heads make of the observations and of the next observations.
 
-    ``outputs``, one tensor (batch, ...) for each network, are what a loss is computed from; ``next_outputs``, of the same
+    ``outputs``, one tensor (batch, ...) for each head, are what a loss is computed from; ``next_outputs``, of the same
     shapes, are constants for its target. Neither needs a graph: ``backward`` wants the gradients of the loss.
     """
 
@@ -34,49 +93,24 @@ class Evaluation(Protocol):
         ...
 
 
-def evaluate(
-    extract_features: Callable[[PyTorchObs], th.Tensor],
-    heads: Sequence[MLP],
-    flat: FlatParameters,
-    obs: PyTorchObs,
-    next_obs: PyTorchObs,
-) -> Evaluation:
-    """
-    :param extract_features: From a batch of observations to the features, (batch, features_dim)
-    :param heads: The networks behind them
-    :param flat: Parameters of features and heads
-    :param obs: A batch of observations
-    :param next_obs: The observations after them
-    :return: The outputs of the heads. Valid until the parameters change.
-    """
-    parameters = [parameter for head in heads for parameter in head.weights_and_biases()]
-    if all(head.is_plain for head in heads) and flat.consists_of(parameters):
-        return PerceptronEvaluation(heads, flat, extract_features(map_observations(_cat, obs, next_obs)))
-    return GraphEvaluation(extract_features, heads, flat, obs, next_obs)
-
-
-def _cat(*batches: th.Tensor) -> th.Tensor:
-    return th.cat(batches)
-
-
 class GraphEvaluation:
-    """By automatic differentiation, for any features; parameters as of ``evaluate``."""
+    """
+    By automatic differentiation, for any features.
 
-    def __init__(
-        self,
-        extract_features: Callable[[PyTorchObs], th.Tensor],
-        heads: Sequence[MLP],
-        flat: FlatParameters,
-        obs: PyTorchObs,
-        next_obs: PyTorchObs,
-    ) -> None:
-        self.flat = flat
-        features = extract_features(obs)
-        self._graph: list[th.Tensor] = [head(features) for head in heads]
+    :param heads: Any
+    :param obs: Batch of observations
+    :param next_obs: The observations after them
+    """
+
+    def __init__(self, heads: Heads, obs: PyTorchObs, next_obs: PyTorchObs) -> None:
+        self.flat = heads.flat
+        hidden = heads.hidden(obs)
+        if heads.shared_gradient_scale != 1.0 and hidden.requires_grad:
+            hidden.register_hook(lambda gradient: heads.shared_gradient_scale * gradient)
+        self._graph: list[th.Tensor] = [head(hidden) for head in heads.heads]
         self.outputs = [output.detach() for output in self._graph]
         with th.no_grad():
-            next_features = extract_features(next_obs)
-            self.next_outputs: list[th.Tensor] = [head(next_features) for head in heads]
+            self.next_outputs = heads(next_obs)
 
     def backward(self, *gradients: th.Tensor) -> None:
         self.flat.backward(self._graph, gradients)
@@ -86,20 +120,35 @@ class PerceptronEvaluation:
     """
     By hand, from one pass over both batches, because small batches keep autograd busier than the processor.
 
-    :param heads: Plain perceptrons
-    :param flat: Their parameters, in this order
+    :param heads: Plain perceptrons on features without parameters
     :param features: Of the observations and then of the next observations, (2 * batch, features_dim), without a graph
     """
 
-    def __init__(self, heads: Sequence[MLP], flat: FlatParameters, features: th.Tensor) -> None:
-        self.heads, self.flat = heads, flat
+    def __init__(self, heads: Heads, features: th.Tensor) -> None:
+        self._heads = heads
         batch_size = len(features) // 2
-        both = [head.activations(features) for head in heads]
+        hidden = features
+        if heads.trunk is not None:
+            trunk = heads.trunk.activations(features)
+            hidden = ACTIVATIONS[heads.activation_fn].in_place(trunk[-1])
+            self._trunk = [activation[:batch_size] for activation in trunk]
+        both = [head.activations(hidden) for head in heads.heads]
         self.next_outputs = [activations[-1][batch_size:] for activations in both]
-        self.activations = [[activation[:batch_size] for activation in activations] for activations in both]
-        self.outputs = [activations[-1] for activations in self.activations]
+        self._activations = [[activation[:batch_size] for activation in activations] for activations in both]
+        self.outputs = [activations[-1] for activations in self._activations]
 
     def backward(self, *gradients: th.Tensor) -> None:
-        out = iter(self.flat.gradient_views())
-        for head, activations, gradient in zip(self.heads, self.activations, gradients, strict=True):
-            head.gradients(activations, gradient, out=list(islice(out, len(head.weights_and_biases()))))
+        trunk, out = self._heads.trunk, iter(self._heads.flat.gradient_views())
+        # The trunk's come first
+        trunk_out = [] if trunk is None else list(islice(out, len(trunk.weights_and_biases())))
+        hidden_gradients = []
+        for head, activations, gradient in zip(self._heads.heads, self._activations, gradients, strict=True):
+            head_out = list(islice(out, len(head.weights_and_biases())))
+            if trunk is None:
+                head.gradients(activations, gradient, out=head_out)
+            else:
+                hidden_gradients.append(head.backward(activations, gradient, out=head_out))
+        if trunk is not None:
+            hidden_gradient = sum(hidden_gradients[1:], start=hidden_gradients[0]) * self._heads.shared_gradient_scale
+            derivative = ACTIVATIONS[self._heads.activation_fn].derivative
+            trunk.gradients(self._trunk, derivative(hidden_gradient, self._trunk[-1]), out=trunk_out)

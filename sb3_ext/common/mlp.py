@@ -48,12 +48,13 @@ class MLP(nn.Sequential):
         self._weights = [linear.weight for linear in self._linears]
         self._weights_and_biases = [parameter for linear in self._linears for parameter in (linear.weight, linear.bias)]
         hidden_layers = [layer for layer in layers if not isinstance(layer, nn.Linear)]
-        self._activation_fn = type(hidden_layers[0]) if hidden_layers else nn.ReLU
+        #: Between the layers, if the network is plain
+        self.activation_fn = type(hidden_layers[0]) if hidden_layers else nn.ReLU
         # Linear, ReLU, Linear, ReLU, ..., Linear
-        alternating = [self._activation_fn if index % 2 else nn.Linear for index in range(2 * len(self._linears) - 1)]
+        alternating = [self.activation_fn if index % 2 else nn.Linear for index in range(2 * len(self._linears) - 1)]
         #: Whether the methods below ``forward`` can be used
         self.is_plain = (
-            self._activation_fn in _ACTIVATIONS
+            self.activation_fn in ACTIVATIONS
             and [type(layer) for layer in layers] == alternating
             and all(linear.bias is not None for linear in self._linears)
         )
@@ -66,7 +67,7 @@ class MLP(nn.Sequential):
         if not (self.is_plain and inputs.device.type == "cpu" and inputs.dtype == th.float32 and inputs.dim() == 2):
             return super().forward(inputs)
         if th.is_grad_enabled():
-            return _MLPFunction.apply(self._activation_fn, inputs, *self.weights_and_biases())
+            return _MLPFunction.apply(self.activation_fn, inputs, *self.weights_and_biases())
         if len(inputs) <= _BLOCK_ROWS:
             return self.activations(inputs)[-1]
         return th.cat([self.activations(block)[-1] for (block,) in _blocks(_BLOCK_ROWS, inputs)])
@@ -83,7 +84,7 @@ class MLP(nn.Sequential):
         :return: The inputs and the output of each layer, after its activation function; without a graph for autograd
         """
         with th.no_grad():
-            return _activations(inputs, self.weights_and_biases(), self._activation_fn)
+            return _activations(inputs, self.weights_and_biases(), self.activation_fn)
 
     def gradients(
         self, activations: Sequence[th.Tensor], grad_output: th.Tensor, out: Sequence[th.Tensor] | None = None
@@ -106,10 +107,26 @@ class MLP(nn.Sequential):
             if out is not None:
                 th._foreach_copy_(list(out), first)
             return first
-        wanted = [False] + [True] * len(self._weights_and_biases)
-        with th.no_grad():
-            _, *gradients = _gradients(activations[:-1], self._weights, grad_output, self._activation_fn, wanted, out)
+        _, *gradients = self._all_gradients(activations, grad_output, out, of_inputs=False)
         return cast("list[th.Tensor]", gradients)
+
+    def backward(self, activations: Sequence[th.Tensor], grad_output: th.Tensor, out: Sequence[th.Tensor]) -> th.Tensor:
+        """
+        As ``gradients``, for layers that have others in front of them.
+
+        :param activations: As ``activations`` returned them
+        :param grad_output: Gradient of a loss with respect to the output, (batch, output_dim)
+        :param out: Where to write its gradient with respect to each of ``weights_and_biases``
+        :return: Its gradient with respect to the inputs, (batch, input_dim)
+        """
+        return cast(th.Tensor, self._all_gradients(activations, grad_output, out, of_inputs=True)[0])
+
+    @th.no_grad()
+    def _all_gradients(
+        self, activations: Sequence[th.Tensor], grad_output: th.Tensor, out: Sequence[th.Tensor] | None, of_inputs: bool
+    ) -> list[th.Tensor | None]:
+        wanted = [of_inputs] + [True] * len(self._weights_and_biases)
+        return _gradients(activations[:-1], self._weights, grad_output, self.activation_fn, wanted, out)
 
     def tangent(self, activations: Sequence[th.Tensor], tangents: Sequence[th.Tensor]) -> th.Tensor:
         """
@@ -122,7 +139,7 @@ class MLP(nn.Sequential):
         """
         if len(activations[0]) > _GRADIENT_BLOCK_ROWS:
             return th.cat([self.tangent(block, tangents) for block in _blocks(_GRADIENT_BLOCK_ROWS, *activations)])
-        derivative = _ACTIVATIONS[self._activation_fn].derivative
+        derivative = ACTIVATIONS[self.activation_fn].derivative
         with th.no_grad():
             tangent = _multiply(activations[0], tangents[0], tangents[1])
             for layer, weight in enumerate(self._weights[1:], start=1):
@@ -139,7 +156,7 @@ class MLP(nn.Sequential):
             values at the time of calling it, as long as their memory is not replaced. Only on CPU.
         """
         weights = [(linear.weight.detach().numpy().T, linear.bias.detach().numpy()) for linear in self._linears]
-        in_place = _ACTIVATIONS[self._activation_fn].numpy_in_place
+        in_place = ACTIVATIONS[self.activation_fn].numpy_in_place
 
         def forward(inputs: np.ndarray) -> np.ndarray:
             outputs = inputs @ weights[0][0]
@@ -163,7 +180,7 @@ def mlp(input_dim: int, output_dim: int, net_arch: list[int], activation_fn: typ
     return MLP(*create_mlp(input_dim, output_dim, net_arch, activation_fn))
 
 
-class _Activation(NamedTuple):
+class Activation(NamedTuple):
     """
     :param onednn_name: Its name in oneDNN, if it is fastest there
     :param in_place: Apply it to a tensor
@@ -186,14 +203,15 @@ def _tanh_(tensor: th.Tensor) -> th.Tensor:
     return tensor
 
 
-_ACTIVATIONS: dict[type[nn.Module], _Activation] = {
-    nn.ReLU: _Activation(
+#: Those of plain networks
+ACTIVATIONS: dict[type[nn.Module], Activation] = {
+    nn.ReLU: Activation(
         "relu",
         th.Tensor.relu_,
         lambda vector, output: th.ops.aten.threshold_backward.grad_input(vector, output, 0, grad_input=vector),
         lambda array: np.maximum(array, 0, out=array),
     ),
-    nn.Tanh: _Activation(
+    nn.Tanh: Activation(
         None,
         _tanh_,
         lambda vector, output: th.ops.aten.tanh_backward.grad_input(vector, output, grad_input=vector),
@@ -212,7 +230,7 @@ def _multiply(
     :param activation_fn: Applied to the product
     :return: ``left @ right.T + bias``, (n, m)
     """
-    activation = None if activation_fn is None else _ACTIVATIONS[activation_fn]
+    activation = None if activation_fn is None else ACTIVATIONS[activation_fn]
     if _onednn_linear is not None and left.numel() * right.shape[0] >= _MIN_PRODUCT and left.is_cpu:
         if activation is not None and activation.onednn_name is not None:
             return _onednn_linear(left, right, bias, activation.onednn_name, [], "")
@@ -271,7 +289,7 @@ def _gradients(
     :param out: For weight and bias of each layer, where to write their gradients
     :return: The gradients in the order of ``wanted``, None where they are not
     """
-    derivative = _ACTIVATIONS[activation_fn].derivative
+    derivative = ACTIVATIONS[activation_fn].derivative
     grad = grad_output
     grads: list[th.Tensor | None] = [None] * len(wanted)
     for layer in reversed(range(len(weights))):

@@ -19,6 +19,7 @@ from sb3_ext.algos.bcq.policies import (
     DiscreteCnnPolicy,
     DiscreteMultiInputPolicy,
 )
+from sb3_ext.common.losses import huber_loss
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 from sb3_ext.offline.layout import Samples
 
@@ -271,10 +272,10 @@ class BCQ(OfflineAlgorithm):
     def _discrete_update(self, replay_data: Samples) -> None:
         policy = cast(DiscreteBCQPolicy, self.policy)
         actions = replay_data.actions - int(self.action_space.start)  # type: ignore[attr-defined]
-        online = policy.evaluate(replay_data.observations, replay_data.next_observations)
+        online = policy.heads.evaluate(replay_data.observations, replay_data.next_observations)
         q_values, logits = online.outputs
         target_q_values = self._discrete_target(replay_data, *online.next_outputs)
-        q_loss, q_gradient = self._q_loss(q_values, actions, target_q_values)
+        q_loss, q_gradient = huber_loss(q_values, actions, target_q_values)
         imitation_loss, logits_gradient = self._imitation_loss(logits, actions)
         online.backward(q_gradient, logits_gradient)
         policy.optimizer.step()
@@ -295,15 +296,6 @@ class BCQ(OfflineAlgorithm):
         next_actions = policy.constrained_argmax(q_values, logits)
         next_q_values = policy.q_net_target(replay_data.next_observations).gather(1, next_actions)
         return replay_data.rewards + self.gamma * (1.0 - replay_data.dones) * next_q_values
-
-    @staticmethod
-    @th.no_grad()
-    def _q_loss(q_values: th.Tensor, actions: th.Tensor, target_q_values: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
-        """Huber loss of the values of the actions taken, mean over the batch, and the gradient for ``q_values``."""
-        current_q_values = q_values.gather(1, actions)
-        slopes = (current_q_values - target_q_values).clamp_(-1.0, 1.0).div_(len(actions))
-        gradient = th.zeros_like(q_values).scatter_(1, actions, slopes)
-        return F.smooth_l1_loss(current_q_values, target_q_values), gradient
 
     @th.no_grad()
     def _imitation_loss(self, logits: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:

@@ -20,7 +20,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import QNetwork
 from torch import nn
 
-from sb3_ext.common.evaluation import Evaluation, evaluate
+from sb3_ext.common.conv_features import ConvFeatures
+from sb3_ext.common.evaluation import Heads
 from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
 from sb3_ext.common.mlp import MLP, mlp
 
@@ -317,23 +318,6 @@ class ContinuousBCQPolicy(BCQPolicy):
         }
 
 
-class ConvFeatures(NatureCNN):
-    """
-    The convolutions of the Nature CNN without the linear layer behind them, which each head has for itself.
-
-    :param observation_space: Image observation space, channel-first
-    :param normalized_image: See ``NatureCNN``
-    """
-
-    def __init__(self, observation_space: spaces.Box, normalized_image: bool = False) -> None:
-        super().__init__(observation_space, features_dim=1, normalized_image=normalized_image)
-        self._features_dim = cast(nn.Linear, self.linear[0]).in_features
-        del self.linear
-
-    def forward(self, observations: th.Tensor) -> th.Tensor:
-        return self.cnn(observations.contiguous(memory_format=th.channels_last))
-
-
 class DiscreteBCQPolicy(BCQPolicy):
     """
     Policy of BCQ for ``Discrete`` actions (Fujimoto et al. 2019b).
@@ -378,25 +362,21 @@ class DiscreteBCQPolicy(BCQPolicy):
         self.flat_target = FlatParameters(self.q_net_target)
         self.optimizer = self.make_optimizer(self.flat, lr_schedule)
 
+    @property
+    def heads(self) -> Heads:
+        """Values and imitation logits on features that they share."""
+        return Heads(self._features, [cast(MLP, self.q_net.q_net), self.imitation_net], self.flat)
+
+    def _features(self, obs: PyTorchObs) -> th.Tensor:
+        return self.q_net.extract_features(obs, self.q_net.features_extractor)
+
     def forward(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """
         :param obs: Batch of observations
         :return: Values and imitation logits, (batch, n_actions) each
         """
-        features = self._features(obs)
-        return self.q_net.q_net(features), self.imitation_net(features)
-
-    def evaluate(self, obs: PyTorchObs, next_obs: PyTorchObs) -> Evaluation:
-        """
-        :param obs: Batch of observations
-        :param next_obs: The observations after them
-        :return: Values and imitation logits, (batch, n_actions) each, of both; ``backward`` sets the gradient of ``flat``
-        """
-        heads = [cast(MLP, self.q_net.q_net), self.imitation_net]
-        return evaluate(self._features, heads, self.flat, obs, next_obs)
-
-    def _features(self, obs: PyTorchObs) -> th.Tensor:
-        return self.q_net.extract_features(obs, self.q_net.features_extractor)
+        q_values, logits = self.heads(obs)
+        return q_values, logits
 
     def constrained_argmax(self, q_values: th.Tensor, logits: th.Tensor) -> th.Tensor:
         """

@@ -1,0 +1,22 @@
+"""Losses with their gradients."""
+
+from __future__ import annotations
+
+import torch as th
+from torch.nn import functional as F
+
+
+@th.no_grad()
+def huber_loss(q_values: th.Tensor, actions: th.Tensor, target_q_values: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    """
+    Huber loss of the values of the actions taken: quadratic up to an error of 1, linear beyond (Mnih et al. 2015, "Human-level
+    control through deep reinforcement learning", where it is called clipping of the error).
+
+    :param q_values: (batch, n_actions)
+    :param actions: Counted from 0, (batch, 1)
+    :param target_q_values: (batch, 1)
+    :return: Mean over the batch, and its gradient with respect to ``q_values``
+    """
+    current_q_values = q_values.gather(1, actions)
+    slopes = (current_q_values - target_q_values).clamp_(-1.0, 1.0).div_(len(actions))
+    return F.smooth_l1_loss(current_q_values, target_q_values), th.zeros_like(q_values).scatter_(1, actions, slopes)

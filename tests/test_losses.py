@@ -1,0 +1,22 @@
+import pytest
+import torch as th
+from torch.nn import functional as F
+
+from sb3_ext.common.losses import huber_loss
+
+
+def test_huber_loss_by_hand():
+    q_values, actions, target = th.tensor([[1.0, 5.0], [2.0, 0.0]]), th.tensor([[1], [0]]), th.tensor([[2.0], [2.5]])
+    loss, gradient = huber_loss(q_values, actions, target)
+    # |5 - 2| - 0.5 = 2.5 with slope 1, and 0.5 * 0.5^2 = 0.125 with slope -0.5
+    assert loss.item() == pytest.approx((2.5 + 0.125) / 2)
+    th.testing.assert_close(gradient, th.tensor([[0.0, 1.0], [-0.5, 0.0]]) / 2)
+
+
+def test_gradient_of_the_huber_loss_against_autograd():
+    th.manual_seed(0)
+    q_values, actions, target = (2 * th.randn(16, 8)).requires_grad_(), th.randint(8, (16, 1)), th.randn(16, 1)
+    expected = F.smooth_l1_loss(q_values.gather(1, actions), target)
+    loss, gradient = huber_loss(q_values, actions, target)
+    th.testing.assert_close(loss, expected.detach())
+    th.testing.assert_close(gradient, th.autograd.grad(expected, q_values)[0])

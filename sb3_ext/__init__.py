@@ -9,16 +9,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from sb3_ext.algos.bcq import BCQ
+    from sb3_ext.algos.ddqn import DDQN
+    from sb3_ext.algos.dueling_ddqn import DuelingDDQN
     from sb3_ext.algos.npg import NPG
     from sb3_ext.algos.reinforce import REINFORCE
     from sb3_ext.algos.trpo import TRPO
     from sb3_ext.algos.vpg import VPG
     from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 
-__all__ = ["BCQ", "NPG", "REINFORCE", "TRPO", "VPG", "OfflineAlgorithm", "__version__"]
+__all__ = ["BCQ", "DDQN", "NPG", "REINFORCE", "TRPO", "VPG", "DuelingDDQN", "OfflineAlgorithm", "__version__"]
 
 _MODULES = {
     "BCQ": "sb3_ext.algos.bcq",
+    "DDQN": "sb3_ext.algos.ddqn",
+    "DuelingDDQN": "sb3_ext.algos.dueling_ddqn",
     "NPG": "sb3_ext.algos.npg",
     "REINFORCE": "sb3_ext.algos.reinforce",
     "TRPO": "sb3_ext.algos.trpo",

@@ -15,9 +15,10 @@ from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.envs import FakeImageEnv, IdentityEnv, IdentityEnvBox, SimpleMultiObsEnv
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ext import BCQ, NPG, REINFORCE, TRPO, VPG
+from sb3_ext import BCQ, DDQN, NPG, REINFORCE, TRPO, VPG, DuelingDDQN
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 
 
@@ -54,6 +55,10 @@ class AlgoCase:
     @property
     def is_offline(self) -> bool:
         return issubclass(self.algo, OfflineAlgorithm)
+
+    @property
+    def is_off_policy(self) -> bool:
+        return issubclass(self.algo, OffPolicyAlgorithm)
 
     def vector_env(self) -> gym.Env:
         """Vector observations, episodes of 5 steps that end by termination."""
@@ -142,6 +147,17 @@ VPG_KEYS = frozenset({"train/policy_loss", "train/entropy_loss", "train/kl_diver
 REINFORCE_KEYS = VPG_KEYS - {"train/value_loss"} | {"train/complete_fraction"}
 TRPO_KEYS = frozenset({"train/policy_objective", "train/kl_divergence_loss", "train/value_loss", "train/is_step_taken"})
 
+SMALL_DDQN = {
+    "buffer_size": 60,
+    "learning_starts": 3,
+    "batch_size": 8,
+    "train_freq": 1,
+    "target_update_interval": 4,
+    "learning_rate": 1e-3,
+    "policy_kwargs": {"net_arch": [16, 8]},
+}
+DDQN_KEYS = frozenset({"train/loss", "rollout/exploration_rate"})
+
 CASES: list[AlgoCase] = [
     AlgoCase(BCQ, spaces.Box, SMALL_BCQ_BOX, BCQ_BOX_KEYS),
     AlgoCase(BCQ, spaces.Discrete, SMALL_BCQ_DISCRETE, BCQ_DISCRETE_KEYS),
@@ -153,6 +169,8 @@ CASES: list[AlgoCase] = [
     AlgoCase(NPG, spaces.Discrete, SMALL_TRPO, TRPO_KEYS),
     AlgoCase(TRPO, spaces.Box, SMALL_TRPO, TRPO_KEYS),
     AlgoCase(TRPO, spaces.Discrete, SMALL_TRPO, TRPO_KEYS),
+    AlgoCase(DDQN, spaces.Discrete, SMALL_DDQN, DDQN_KEYS),
+    AlgoCase(DuelingDDQN, spaces.Discrete, SMALL_DDQN, DDQN_KEYS),
 ]
 
 COMMON_LOG_KEYS = frozenset({"time/fps", "time/total_timesteps", "train/learning_rate", "train/n_updates"})

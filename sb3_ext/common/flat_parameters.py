@@ -124,6 +124,15 @@ class FlatParameters:
         :param max_grad_norm: Scale the gradient down to this Euclidean norm if it is longer (None: leave it)
         """
         self.backward(loss)
+        self.step(optimizer, max_grad_norm)
+
+    def step(self, optimizer: th.optim.Optimizer, max_grad_norm: float | None = None) -> None:
+        """
+        One step along the gradient that is there.
+
+        :param optimizer: Optimizer over ``self.tensor``
+        :param max_grad_norm: Scale the gradient down to this Euclidean norm if it is longer (None: leave it)
+        """
         if max_grad_norm is not None:
             nn.utils.clip_grad_norm_([self.tensor], max_grad_norm)
         optimizer.step()

@@ -53,4 +53,17 @@ ALGORITHMS = (
         "rl_zoo3.hyperparams_opt:sample_trpo_params",
         "rl_zoo3.hyperparams_opt:convert_onpolicy_params",
     ),
+    # The search space of SB3's DQN, whose constructor these have
+    Algorithm(
+        "ddqn",
+        "sb3_ext.algos.ddqn:DDQN",
+        "rl_zoo3.hyperparams_opt:sample_dqn_params",
+        "rl_zoo3.hyperparams_opt:convert_offpolicy_params",
+    ),
+    Algorithm(
+        "dueling_ddqn",
+        "sb3_ext.algos.dueling_ddqn:DuelingDDQN",
+        "rl_zoo3.hyperparams_opt:sample_dqn_params",
+        "rl_zoo3.hyperparams_opt:convert_offpolicy_params",
+    ),
 )

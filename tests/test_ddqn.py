@@ -1,0 +1,273 @@
+"""Double and Dueling Double DQN against hand-computed numbers, float64 loops, and SB3's DQN."""
+
+import copy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3 import DQN
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_ext import DDQN, DuelingDDQN
+from sb3_ext.common.evaluation import GraphEvaluation, PerceptronEvaluation
+
+SMALL = {"learning_rate": 1e-3, "learning_starts": 32, "batch_size": 16, "buffer_size": 500, "target_update_interval": 20}
+
+
+def cartpole(algo, **kwargs):
+    return algo("MlpPolicy", make_vec_env("CartPole-v1", seed=0), **{"seed": 0, "device": "cpu", **SMALL, **kwargs})
+
+
+def batch(n=6, n_actions=2, discounts=None):
+    generator = th.Generator().manual_seed(0)
+    return ReplayBufferSamples(
+        th.randn(n, 4, generator=generator),
+        th.randint(n_actions, (n, 1), generator=generator),
+        th.randn(n, 4, generator=generator),
+        th.tensor([[1.0]] + [[0.0]] * (n - 1)),
+        th.randn(n, 1, generator=generator),
+        discounts,
+    )
+
+
+def fixed_target(model, next_q_values):
+    """The target network values the next states like this, whatever they are."""
+    model.q_net_target.forward = lambda obs: th.tensor(next_q_values)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("double_q", "expected"),
+    [
+        # The online network chooses action 1 in the first state and 0 in the second
+        (True, [1.0 + 0.9 * 2.0, 2.0 + 0.9 * 4.0, 3.0]),
+        # The target network chooses 0 and 1
+        (False, [1.0 + 0.9 * 5.0, 2.0 + 0.9 * 7.0, 3.0]),
+    ],
+)
+def test_target_by_hand(double_q, expected):
+    model = fixed_target(cartpole(DDQN, gamma=0.9, double_q=double_q), [[5.0, 2.0], [4.0, 7.0], [8.0, 9.0]])
+    data = batch(3)._replace(rewards=th.tensor([[1.0], [2.0], [3.0]]), dones=th.tensor([[0.0], [0.0], [1.0]]))
+    target = model._target(data, th.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]))
+    th.testing.assert_close(target, th.tensor(expected).unsqueeze(1))
+
+
+def test_target_with_discounts_of_n_steps():
+    model = fixed_target(cartpole(DDQN), [[5.0, 2.0], [4.0, 7.0]])
+    data = batch(2, discounts=th.tensor([[0.5], [0.25]]))._replace(rewards=th.zeros(2, 1), dones=th.zeros(2, 1))
+    target = model._target(data, th.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    th.testing.assert_close(target, th.tensor([[1.0], [1.0]]))
+
+
+def test_dueling_aggregation_by_hand():
+    q_net = cartpole(DuelingDDQN).q_net
+    q_values = q_net.combine(th.tensor([[10.0], [20.0]]), th.tensor([[1.0, 3.0], [-2.0, 4.0]]))
+    th.testing.assert_close(q_values, th.tensor([[9.0, 11.0], [17.0, 23.0]]))
+    value_gradient, advantage_gradient = q_net.split_gradient(th.tensor([[1.0, 0.0], [2.0, -4.0]]))
+    th.testing.assert_close(value_gradient, th.tensor([[1.0], [-2.0]]))
+    th.testing.assert_close(advantage_gradient, th.tensor([[0.5, -0.5], [3.0, -3.0]]))
+
+
+def test_forward_is_the_combination_of_the_streams():
+    q_net, obs = cartpole(DuelingDDQN).q_net, th.randn(3, 4)
+    with th.no_grad():
+        hidden = q_net.trunk(obs).relu()
+        advantages = q_net.advantage_net(hidden)
+        expected = q_net.value_net(hidden) + advantages - advantages.mean(dim=1, keepdim=True)
+        th.testing.assert_close(q_net(obs), expected)
+
+
+@pytest.mark.parametrize("algo", [DDQN, DuelingDDQN])
+@pytest.mark.parametrize("net_arch", [[7], [8, 7], [9, 8, 7]])
+@pytest.mark.parametrize("max_grad_norm", [10.0, 0.01])
+def test_update_against_float64(algo, net_arch, max_grad_norm):
+    policy_kwargs = {"net_arch": net_arch, "optimizer_class": th.optim.SGD}
+    model = cartpole(algo, policy_kwargs=policy_kwargs, learning_rate=0.1, max_grad_norm=max_grad_norm)
+    model._logger = None
+    online, target, data = copy.deepcopy(model.q_net).double(), copy.deepcopy(model.q_net_target).double(), batch()
+    doubles = [tensor.double() for tensor in (data.observations, data.next_observations, data.rewards, data.dones)]
+    obs, next_obs, rewards, dones = doubles
+
+    def q_values(net, obs):
+        # Layer by layer, without the fast path
+        def run(module, inputs):
+            for layer in module:
+                inputs = layer(inputs)
+            return inputs
+
+        if algo is DDQN:
+            return run(net.q_net, obs)
+        hidden = obs if net.trunk is None else run(net.trunk, obs).relu()
+        if hidden is not obs and hidden.requires_grad:
+            hidden.register_hook(lambda gradient: gradient / np.sqrt(2))
+        advantages = run(net.advantage_net, hidden)
+        return run(net.value_net, hidden) + advantages - advantages.mean(1, keepdim=True)
+
+    next_actions = q_values(online, next_obs).argmax(1, keepdim=True)
+    targets = rewards + 0.99 * (1 - dones) * q_values(target, next_obs).gather(1, next_actions)
+    loss = th.nn.functional.smooth_l1_loss(q_values(online, obs).gather(1, data.actions), targets.detach())
+    parameters = list(online.parameters())
+    gradients = th.autograd.grad(loss, parameters)
+    norm = th.cat([gradient.reshape(-1) for gradient in gradients]).norm()
+    scale = min(1.0, max_grad_norm / norm.item())
+    assert (scale < 1.0) == (max_grad_norm < 1.0)
+
+    th.testing.assert_close(model._update(data).double(), loss.detach(), rtol=1e-5, atol=1e-6)
+    for after, before, gradient in zip(model.q_net.parameters(), parameters, gradients, strict=True):
+        th.testing.assert_close(after.double(), before - 0.1 * scale * gradient, rtol=1e-4, atol=1e-5)
+
+
+def test_without_double_q_it_is_dqn():
+    kwargs = {"train_freq": 64, "gradient_steps": 32}
+    ours, expected = cartpole(DDQN, double_q=False, **kwargs), cartpole(DQN, **kwargs)
+    ours.policy.load_state_dict(expected.policy.state_dict())
+    for model in (ours, expected):
+        model.set_random_seed(1)
+        model.learn(256)
+    for name, value in expected.policy.state_dict().items():
+        th.testing.assert_close(ours.policy.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("algo", "policy_class"), [(DDQN, "DDQNPolicy"), (DuelingDDQN, "DuelingDDQNPolicy")])
+def test_vectors_take_the_fast_path_and_images_do_not(algo, policy_class):
+    model = cartpole(algo)
+    assert type(model.policy).__name__ == policy_class
+    assert isinstance(model.q_net.heads(model.policy.flat).evaluate(th.randn(2, 4), th.randn(2, 4)), PerceptronEvaluation)
+    env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=True)
+    model = algo("CnnPolicy", env, buffer_size=10, seed=0, device="cpu")
+    obs = th.randint(0, 256, (2, 1, 40, 40), dtype=th.uint8)
+    assert isinstance(model.q_net.heads(model.policy.flat).evaluate(obs, obs), GraphEvaluation)
+
+
+def test_streams_of_images_are_as_in_the_paper():
+    env = FakeImageEnv(screen_height=84, screen_width=84, n_channels=4, discrete=True)
+    q_net = DuelingDDQN("CnnPolicy", env, buffer_size=10, device="cpu").q_net
+    assert q_net.trunk is None
+    for stream, n_outputs in ((q_net.value_net, 1), (q_net.advantage_net, env.action_space.n)):
+        assert [tuple(layer.weight.shape) for layer in stream if isinstance(layer, th.nn.Linear)] == [
+            (512, 3136),
+            (n_outputs, 512),
+        ]
+
+
+@pytest.mark.parametrize(("rescale", "scale"), [(True, 0.5**0.5), (False, 1.0)])
+def test_gradient_into_the_shared_layers_is_rescaled(rescale, scale):
+    model = cartpole(DuelingDDQN, policy_kwargs={"rescale_shared_gradient": rescale})
+    assert model.q_net.heads(model.policy.flat).shared_gradient_scale == pytest.approx(scale)
+    assert model.policy._get_constructor_parameters()["rescale_shared_gradient"] is rescale
+
+
+class NoisyChoiceEnv(gym.Env):
+    """
+    Sutton and Barto's example of maximization bias, without the way back: one step, many actions, each of which pays noise
+    with a mean of -0.1. The first state leads there for free.
+    """
+
+    observation_space = spaces.Box(0, 1, (2,))
+    action_space = spaces.Discrete(8)
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.is_first = True
+        return np.array([1.0, 0.0], np.float32), {}
+
+    def step(self, action):
+        if self.is_first:
+            self.is_first = False
+            return np.array([0.0, 1.0], np.float32), 0.0, False, False, {}
+        return np.array([0.0, 0.0], np.float32), -0.1 + self.np_random.normal(), True, False, {}
+
+
+def value_of_the_first_state(**kwargs):
+    model = DDQN(
+        "MlpPolicy",
+        NoisyChoiceEnv(),
+        learning_rate=1e-2,
+        buffer_size=60,
+        learning_starts=60,
+        train_freq=2,
+        target_update_interval=200,
+        exploration_final_eps=1.0,
+        gamma=1.0,
+        policy_kwargs={"net_arch": [32]},
+        seed=0,
+        device="cpu",
+        **kwargs,
+    )
+    values = []
+    for _ in range(10):
+        model.learn(300, reset_num_timesteps=False)
+        values.append(model.q_net(th.tensor([[1.0, 0.0]])).mean().item())
+    return np.mean(values[3:])
+
+
+def test_double_q_learning_overestimates_less():
+    # The truth is -0.1. An argmax of the target network in both terms is plain DQN.
+    assert value_of_the_first_state(double_q=False) > 0.1
+    assert value_of_the_first_state() < 0.0
+
+
+def test_time_limits_are_bootstrapped():
+    env = make_vec_env(lambda: gym.wrappers.TimeLimit(gym.make("CartPole-v1").unwrapped, 5), seed=0)
+    model = DDQN("MlpPolicy", env, **{**SMALL, "learning_starts": 1000}, seed=0, device="cpu").learn(60)
+    buffer: ReplayBuffer = model.replay_buffer
+    assert buffer.dones[:60].sum() > 5 and buffer.timeouts[:60].sum() > 5
+    assert model.replay_buffer.sample(500).dones.sum() == 0
+
+
+@pytest.mark.parametrize("algo", [DDQN, DuelingDDQN])
+def test_n_step_returns(algo):
+    model = cartpole(algo, n_steps=3).learn(100)
+    assert model.replay_buffer.sample(8).discounts.min() == pytest.approx(0.99**3)
+
+
+@pytest.mark.parametrize("algo", [DDQN, DuelingDDQN])
+def test_learns_cartpole(algo):
+    settings = {
+        "learning_rate": 2e-3,
+        "batch_size": 64,
+        "buffer_size": 10_000,
+        "learning_starts": 500,
+        "train_freq": 16,
+        "gradient_steps": 8,
+        "target_update_interval": 100,
+        "exploration_fraction": 0.4,
+        "policy_kwargs": {"net_arch": [64, 64]},
+    }
+    model = cartpole(algo, **settings).learn(8000)
+    env = DummyVecEnv([lambda: gym.make("CartPole-v1")])
+    env.seed(100)
+    lengths, obs, length = [], env.reset(), 0
+    while len(lengths) < 5:
+        obs, _, dones, _ = env.step(model.predict(obs, deterministic=True)[0])
+        length += 1
+        if dones[0]:
+            lengths.append(length)
+            length = 0
+    assert np.mean(lengths) > 120
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("tau", 1.5), ("gamma", -0.1), ("batch_size", 0), ("n_steps", 0), ("exploration_final_eps", 2.0)]
+)
+def test_numbers_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .* but got {value}"):
+        cartpole(DDQN, **{name: value})
+
+
+def test_streams_need_a_layer():
+    with pytest.raises(ValueError, match="net_arch"):
+        cartpole(DuelingDDQN, policy_kwargs={"net_arch": []})
+
+
+def test_divergence_is_a_value_error():
+    model = cartpole(DDQN)
+    model.policy.flat.tensor.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="diverged"):
+        model.learn(64)

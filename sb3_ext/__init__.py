@@ -15,9 +15,21 @@ if TYPE_CHECKING:
     from sb3_ext.algos.reinforce import REINFORCE
     from sb3_ext.algos.trpo import TRPO
     from sb3_ext.algos.vpg import VPG
+    from sb3_ext.common.frame_replay_buffer import FrameReplayBuffer
     from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 
-__all__ = ["BCQ", "DDQN", "NPG", "REINFORCE", "TRPO", "VPG", "DuelingDDQN", "OfflineAlgorithm", "__version__"]
+__all__ = [
+    "BCQ",
+    "DDQN",
+    "NPG",
+    "REINFORCE",
+    "TRPO",
+    "VPG",
+    "DuelingDDQN",
+    "FrameReplayBuffer",
+    "OfflineAlgorithm",
+    "__version__",
+]
 
 _MODULES = {
     "BCQ": "sb3_ext.algos.bcq",
@@ -27,6 +39,7 @@ _MODULES = {
     "REINFORCE": "sb3_ext.algos.reinforce",
     "TRPO": "sb3_ext.algos.trpo",
     "VPG": "sb3_ext.algos.vpg",
+    "FrameReplayBuffer": "sb3_ext.common.frame_replay_buffer",
     "OfflineAlgorithm": "sb3_ext.common.offline_algorithm",
 }
 

@@ -8,6 +8,7 @@ import optuna
 import pytest
 import yaml
 
+from sb3_ext import FrameReplayBuffer
 from sb3_ext.zoo.registry import ALGORITHMS
 
 
@@ -19,7 +20,8 @@ def test_samples_are_arguments_and_convert_back(algorithm, n_actions):
     study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
     for _ in range(20):
         trial = study.ask()
-        sampled = sample(trial, n_actions, 1, {})
+        # What the zoo says beside the space
+        sampled = sample(trial, n_actions, 1, {"using_her_replay_buffer": False, "her_kwargs": {}})
         assert set(sampled) <= set(accepted)
         assert 0 < sampled["gamma"] < 1
         # What is stored in another unit is shown in the unit of the constructor
@@ -64,3 +66,12 @@ def test_keys_are_unique_and_have_hyperparameters():
     assert len(keys) == len(set(keys))
     for key in keys:
         assert files("sb3_ext.hyperparams").joinpath(f"{key}.yml").is_file()
+
+
+@pytest.mark.parametrize("key", ["ddqn", "dueling_ddqn"])
+def test_frames_are_stored_once_on_atari(key):
+    entry = yaml.safe_load(files("sb3_ext.hyperparams").joinpath(f"{key}.yml").read_text())["atari"]
+    # What the zoo does with it
+    assert eval(entry["replay_buffer_class"]) is FrameReplayBuffer
+    # Stacks of as many frames as the buffer takes by default
+    assert entry["frame_stack"] == inspect.signature(FrameReplayBuffer).parameters["n_stack"].default

@@ -1,0 +1,270 @@
+"""A replay buffer for stacks of frames that keeps every frame once."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import NStepReplayBuffer
+from stable_baselines3.common.preprocessing import is_image_space, is_image_space_channels_first
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+
+# Frames beyond one for each transition: an episode has one more than it has transitions
+_SPARE_FRAMES = 0.05
+
+
+class FrameReplayBuffer(NStepReplayBuffer):
+    """
+    Replay buffer for frame-stacked images, with the samples of SB3's in an eighth of the memory (for stacks of 4).
+
+    Of each stack only the newest frame is stored, and the stack is rebuilt when it is sampled. What a stack shows before the
+    first frame of an episode, zeros (``VecFrameStack``) or copies of that frame (gymnasium's ``FrameStackObservation``), is
+    restored. Nothing is assumed about when episodes begin and end: where a stack does not continue the one before it, it is
+    stored anew.
+
+    Frames for 1.05 times ``buffer_size`` are kept. Where episodes are so short that this is not enough, the oldest
+    transitions are given up a little earlier.
+
+    It can be the ``replay_buffer_class`` of any off-policy algorithm. n-step returns are set here, not in the algorithm:
+    ``replay_buffer_kwargs=dict(n_steps=3, gamma=0.99)``.
+
+    :param buffer_size: Transitions in all environments together
+    :param observation_space: Box of images, uint8, channels first: the frames of a stack one after the other, the newest last
+    :param action_space: Action space
+    :param device: Of the samples
+    :param n_envs: Number of parallel environments
+    :param optimize_memory_usage: Must be False, since this is another way to the same end
+    :param handle_timeout_termination: Whether time limits are told apart from termination, see SB3's ``ReplayBuffer``
+    :param n_stack: Frames in a stack, >= 2
+    :param n_steps: Steps of the returns, >= 1
+    :param gamma: Discount factor of n-step returns
+    :raises ValueError: if the observations are no stacks of ``n_stack`` images
+    """
+
+    observations: _Stacks  # type: ignore[assignment]
+    next_observations: _Stacks  # type: ignore[assignment]
+
+    def __init__(
+        self,
+        buffer_size: int,
+        observation_space: spaces.Space,
+        action_space: spaces.Space,
+        device: th.device | str = "auto",
+        n_envs: int = 1,
+        optimize_memory_usage: bool = False,
+        handle_timeout_termination: bool = True,
+        n_stack: int = 4,
+        n_steps: int = 1,
+        gamma: float = 0.99,
+    ) -> None:
+        if optimize_memory_usage:
+            raise ValueError("FrameReplayBuffer stores frames once by itself: leave optimize_memory_usage=False.")
+        if not (
+            isinstance(observation_space, spaces.Box)
+            and is_image_space(observation_space)
+            and is_image_space_channels_first(observation_space)
+            and n_stack >= 2
+            and observation_space.shape[0] % n_stack == 0
+        ):
+            raise ValueError(
+                f"FrameReplayBuffer supports stacks of n_stack={n_stack} images (at least 2; uint8, channels first, as many "
+                f"channels as all frames of a stack have), but got {observation_space}."
+            )
+        # Observations of one row only, which are not used
+        super().__init__(
+            n_envs,
+            observation_space,
+            action_space,
+            device,
+            n_envs,
+            handle_timeout_termination=handle_timeout_termination,
+            n_steps=n_steps,
+            gamma=gamma,
+        )
+        self.n_stack = n_stack
+        self.buffer_size = max(buffer_size // n_envs, 1)
+        for name in ("actions", "rewards", "dones", "timeouts"):
+            one_row = getattr(self, name)
+            setattr(self, name, np.zeros((self.buffer_size, *one_row.shape[1:]), one_row.dtype))
+        self._frames = _Frames(self.buffer_size, n_envs, n_stack, self.obs_shape)
+        self.observations = _Stacks(self._frames, is_next=False)
+        self.next_observations = _Stacks(self._frames, is_next=True)
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        """
+        :param batch_size: Number of transitions
+        :param env: To normalize rewards and observations, if given
+        :return: Drawn uniformly, with replacement, from the transitions whose frames are there
+        """
+        n_rows = self.size()
+        n_given_up = self._frames.n_given_up(n_rows, self.pos)
+        rows = np.random.randint(n_given_up, n_rows, size=batch_size)
+        if n_given_up:
+            # Counted from the oldest
+            rows = (rows + (self.pos if self.full else 0)) % self.buffer_size
+        return self._get_samples(rows, env=env)
+
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        if self.n_steps > 1:
+            return super()._get_samples(batch_inds, env)
+        # As SB3's ReplayBuffer, but the frames that a stack and the next one share are read once
+        envs = np.random.randint(0, high=self.n_envs, size=(len(batch_inds),))
+        stacks_and_next_frame = self._frames.read(batch_inds, envs, range(self.n_stack - 1, -2, -1))
+        n_channels = self._frames.n_channels
+        data = (
+            self._normalize_obs(stacks_and_next_frame[:, :-n_channels], env),
+            self.actions[batch_inds, envs],
+            self._normalize_obs(stacks_and_next_frame[:, n_channels:], env),
+            (self.dones[batch_inds, envs] * (1 - self.timeouts[batch_inds, envs])).reshape(-1, 1),
+            self._normalize_reward(self.rewards[batch_inds, envs].reshape(-1, 1), env),
+        )
+        return ReplayBufferSamples(*map(self.to_torch, data))
+
+    def to_torch(self, array: np.ndarray, copy: bool = True) -> th.Tensor:
+        # All that is sampled has been copied by indexing
+        return th.as_tensor(array, device=self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all arrays when they are full."""
+        arrays = (self.actions, self.rewards, self.dones, self.timeouts)
+        return self._frames.nbytes + sum(array.nbytes for array in arrays)
+
+
+class _Stacks:
+    """
+    What SB3's buffers do with an array of observations: assign a row, and read at rows and environments.
+
+    :param frames: Where the frames are
+    :param is_next: Whether these are the next observations
+    """
+
+    def __init__(self, frames: _Frames, is_next: bool) -> None:
+        self._frames, self._is_next = frames, is_next
+
+    def __setitem__(self, row: int, stacks: np.ndarray) -> None:
+        # SB3's buffers assign copies, which can be kept
+        if self._is_next:
+            self._frames.append(stacks)
+        else:
+            self._frames.begin(row, stacks)
+
+    def __getitem__(self, index: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        newest = -1 if self._is_next else 0
+        return self._frames.read(*index, ages=range(newest + self._frames.n_stack - 1, newest - 1, -1))
+
+    @property
+    def nbytes(self) -> int:
+        return self._frames.nbytes
+
+
+class _Frames:
+    """
+    The frames of each environment in a ring, numbered from 0 without end.
+
+    :param n_rows: Rows of the buffer
+    :param n_envs: Number of environments
+    :param n_stack: Frames in a stack
+    :param stack_shape: (n_stack * channels, height, width)
+    """
+
+    def __init__(self, n_rows: int, n_envs: int, n_stack: int, stack_shape: tuple[int, ...]) -> None:
+        self.n_stack, self.stack_shape = n_stack, stack_shape
+        self.n_channels = stack_shape[0] // n_stack
+        self.n_slots = int((1.0 + _SPARE_FRAMES) * n_rows) + n_stack + 1
+        # The last slot stays black
+        frame_shape = (self.n_channels, *stack_shape[1:])
+        self.slots = np.zeros((n_envs, self.n_slots + 1, *frame_shape), np.uint8)
+        # Of each row: number of the observation's newest frame, how many older frames its stack has, and whether what is older
+        # than these is black or the first of them
+        self.newest = np.zeros((n_rows, n_envs), np.int64)
+        self.n_older = np.zeros((n_rows, n_envs), np.int8)
+        self.is_black_before = np.zeros((n_rows, n_envs), bool)
+        self.n_frames = np.zeros(n_envs, np.int64)
+        self.last_stacks: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return self.slots.nbytes + self.newest.nbytes + self.n_older.nbytes + self.is_black_before.nbytes
+
+    def begin(self, row: int, stacks: np.ndarray) -> None:
+        """
+        :param row: Of the transition that begins
+        :param stacks: Its observations, (n_envs, ...)
+        """
+        for env, stack in enumerate(stacks):
+            previous = (row - 1) % len(self.newest)
+            if self.last_stacks is not None and np.array_equal(stack, self.last_stacks[env]):
+                self.n_older[row, env] = min(self.n_older[previous, env] + 1, self.n_stack - 1)
+                self.is_black_before[row, env] = self.is_black_before[previous, env]
+            else:
+                self._begin_episode(row, env, stack)
+            self.newest[row, env] = self.n_frames[env] - 1
+        self.last_stacks = stacks
+
+    def _begin_episode(self, row: int, env: int, stack: np.ndarray) -> None:
+        frames = self._split(stack)
+        is_black = not frames[:-1].any()
+        is_repeated = bool((frames[:-1] == frames[-1]).all())
+        self.is_black_before[row, env] = is_black
+        self.n_older[row, env] = 0 if is_black or is_repeated else self.n_stack - 1
+        for frame in frames[self.n_stack - 1 - self.n_older[row, env] :]:
+            self._push(env, frame)
+
+    def append(self, stacks: np.ndarray) -> None:
+        """
+        :param stacks: The next observations of the transition that has begun, (n_envs, ...)
+        :raises ValueError: if they are not the observations moved on by one frame
+        """
+        assert self.last_stacks is not None
+        if not np.array_equal(stacks[:, : -self.n_channels], self.last_stacks[:, self.n_channels :]):
+            raise ValueError(
+                "FrameReplayBuffer got a next observation that is not the observation moved on by one of "
+                f"{self.n_stack} frames, the newest last. Stack frames with VecFrameStack (`frame_stack` in the zoo) and give "
+                "their number as n_stack, or use another buffer."
+            )
+        for env, stack in enumerate(stacks):
+            self._push(env, self._split(stack)[-1])
+        self.last_stacks = stacks
+
+    def _split(self, stack: np.ndarray) -> np.ndarray:
+        return stack.reshape(self.n_stack, self.n_channels, *self.stack_shape[1:])
+
+    def _push(self, env: int, frame: np.ndarray) -> None:
+        self.slots[env, self.n_frames[env] % self.n_slots] = frame
+        self.n_frames[env] += 1
+
+    def n_given_up(self, n_rows: int, pos: int) -> int:
+        """
+        :param n_rows: Rows that are filled
+        :param pos: The next row to be filled
+        :return: How many of the oldest of them have a frame that is no longer there
+        """
+        oldest_frame = self.n_frames - self.n_slots
+
+        def is_lost(index: int) -> bool:
+            row = (pos - n_rows + index) % len(self.newest)
+            return bool((self.newest[row] - self.n_older[row] < oldest_frame).any())
+
+        # Frames are numbered in the order of the rows. As a rule, all of them are there.
+        return bisect.bisect_left(range(n_rows), True, key=lambda index: not is_lost(index)) if is_lost(0) else 0
+
+    def read(self, rows: np.ndarray, envs: np.ndarray, ages: Sequence[int]) -> np.ndarray:
+        """
+        :param rows: Rows of the buffer, (batch,)
+        :param envs: Environments, (batch,)
+        :param ages: How many frames each wanted frame is older than the newest one of the observation; -1 is that of the next
+            observation
+        :return: (batch, len(ages) * channels, height, width)
+        """
+        ages_row, n_older = np.array(ages), self.n_older[rows, envs][:, None]
+        slots = (self.newest[rows, envs][:, None] - np.minimum(ages_row, n_older)) % self.n_slots
+        slots[(ages_row > n_older) & self.is_black_before[rows, envs][:, None]] = self.n_slots
+        slots += envs[:, None] * (self.n_slots + 1)
+        frames = th.from_numpy(self.slots.reshape(self.slots.shape[0] * self.slots.shape[1], -1))
+        batch = frames.index_select(0, th.from_numpy(slots.reshape(-1)))
+        return batch.view(len(rows), -1, *self.stack_shape[1:]).numpy()

@@ -83,6 +83,8 @@ def test_other_activation_functions(batches, gradients, trunk_arch):
 def test_features_that_learn(batches, gradients, trunk_arch):
     features = MLP(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 3))
     heads = make_heads(features, trunk_arch=trunk_arch, features=[features], shared_gradient_scale=0.5)
+    check(heads, batches, gradients, PerceptronEvaluation, [features])
+    heads = make_heads(features, trunk_arch=trunk_arch, features=[features], activation_fn=nn.ELU, shared_gradient_scale=0.5)
     check(heads, batches, gradients, GraphEvaluation, [features])
 
 

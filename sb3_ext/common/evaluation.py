@@ -58,19 +58,22 @@ class Heads:
         :param next_obs: The observations after them
         :return: The outputs for both. Valid until the parameters change.
         """
-        if self._are_perceptrons():
-            return PerceptronEvaluation(self, self.extract_features(map_observations(_cat, obs, next_obs)))
+        if self.are_perceptrons:
+            return PerceptronEvaluation(self, obs, next_obs)
         return GraphEvaluation(self, obs, next_obs)
 
-    def _are_perceptrons(self) -> bool:
+    @property
+    def own_parameters(self) -> list[th.Tensor]:
+        """The parameters behind the features."""
         networks = [*([] if self.trunk is None else [self.trunk]), *self.heads]
-        parameters = [parameter for network in networks for parameter in network.weights_and_biases()]
+        return [parameter for network in networks for parameter in network.weights_and_biases()]
+
+    @property
+    def are_perceptrons(self) -> bool:
+        """Whether all behind the features can be differentiated by hand."""
+        networks = [*([] if self.trunk is None else [self.trunk]), *self.heads]
         is_known = self.activation_fn in ACTIVATIONS and all(network.is_plain for network in networks)
-        return is_known and self.flat.consists_of(parameters)
-
-
-def _cat(*batches: th.Tensor) -> th.Tensor:
-    return th.cat(batches)
+        return is_known and self.flat.ends_with(self.own_parameters)
 
 
 class Evaluation(Protocol):
@@ -95,7 +98,7 @@ class Evaluation(Protocol):
 
 class GraphEvaluation:
     """
-    By automatic differentiation, for any features.
+    By automatic differentiation, for any networks.
 
     :param heads: Any
     :param obs: Batch of observations
@@ -118,18 +121,26 @@ class GraphEvaluation:
 
 class PerceptronEvaluation:
     """
-    By hand, from one pass over both batches, because small batches keep autograd busier than the processor.
+    By hand behind the features, from one pass over both batches, because small batches keep autograd busier than the
+    processor, and because the gradients of large layers are then written where they belong.
 
-    :param heads: Plain perceptrons on features without parameters
-    :param features: Of the observations and then of the next observations, (2 * batch, features_dim), without a graph
+    :param heads: Plain perceptrons, whose parameters are the last of ``flat``
+    :param obs: Batch of observations
+    :param next_obs: The observations after them
     """
 
-    def __init__(self, heads: Heads, features: th.Tensor) -> None:
+    def __init__(self, heads: Heads, obs: PyTorchObs, next_obs: PyTorchObs) -> None:
         self._heads = heads
-        batch_size = len(features) // 2
-        hidden = features
+        self._feature_parameters = heads.flat.params[: len(heads.flat.params) - len(heads.own_parameters)]
+        if self._feature_parameters:
+            self._features = heads.extract_features(obs)
+            with th.no_grad():
+                hidden = th.cat([self._features, heads.extract_features(next_obs)])
+        else:
+            hidden = heads.extract_features(map_observations(lambda *batches: th.cat(batches), obs, next_obs))
+        batch_size = len(hidden) // 2
         if heads.trunk is not None:
-            trunk = heads.trunk.activations(features)
+            trunk = heads.trunk.activations(hidden)
             hidden = ACTIVATIONS[heads.activation_fn].in_place(trunk[-1])
             self._trunk = [activation[:batch_size] for activation in trunk]
         both = [head.activations(hidden) for head in heads.heads]
@@ -138,17 +149,23 @@ class PerceptronEvaluation:
         self.outputs = [activations[-1] for activations in self._activations]
 
     def backward(self, *gradients: th.Tensor) -> None:
-        trunk, out = self._heads.trunk, iter(self._heads.flat.gradient_views())
-        # The trunk's come first
-        trunk_out = [] if trunk is None else list(islice(out, len(trunk.weights_and_biases())))
-        hidden_gradients = []
-        for head, activations, gradient in zip(self._heads.heads, self._activations, gradients, strict=True):
-            head_out = list(islice(out, len(head.weights_and_biases())))
-            if trunk is None:
+        heads, out = self._heads, iter(self._heads.flat.gradient_views())
+        features_out = list(islice(out, len(self._feature_parameters)))
+        trunk_out = [] if heads.trunk is None else list(islice(out, len(heads.trunk.weights_and_biases())))
+        heads_out = [list(islice(out, len(head.weights_and_biases()))) for head in heads.heads]
+        parts = zip(heads.heads, self._activations, gradients, heads_out, strict=True)
+        if heads.trunk is None and not features_out:
+            for head, activations, gradient, head_out in parts:
                 head.gradients(activations, gradient, out=head_out)
-            else:
-                hidden_gradients.append(head.backward(activations, gradient, out=head_out))
-        if trunk is not None:
-            hidden_gradient = sum(hidden_gradients[1:], start=hidden_gradients[0]) * self._heads.shared_gradient_scale
-            derivative = ACTIVATIONS[self._heads.activation_fn].derivative
-            trunk.gradients(self._trunk, derivative(hidden_gradient, self._trunk[-1]), out=trunk_out)
+            return
+        hidden_gradients = [head.backward(activations, gradient, head_out) for head, activations, gradient, head_out in parts]
+        gradient = sum(hidden_gradients[1:], start=hidden_gradients[0])
+        if heads.shared_gradient_scale != 1.0:
+            gradient = gradient * heads.shared_gradient_scale
+        if heads.trunk is not None:
+            gradient = ACTIVATIONS[heads.activation_fn].derivative(gradient, self._trunk[-1])
+            if not features_out:
+                heads.trunk.gradients(self._trunk, gradient, out=trunk_out)
+                return
+            gradient = heads.trunk.backward(self._trunk, gradient, trunk_out)
+        th._foreach_copy_(features_out, th.autograd.grad(self._features, self._feature_parameters, gradient))

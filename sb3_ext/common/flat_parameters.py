@@ -44,7 +44,15 @@ class FlatParameters:
         :param params: Parameters
         :return: Whether these are ``params``, the same objects in the same order
         """
-        return len(params) == len(self.params) and all(a is b for a, b in zip(params, self.params, strict=True))
+        return len(params) == len(self.params) and self.ends_with(params)
+
+    def ends_with(self, params: Sequence[th.Tensor]) -> bool:
+        """
+        :param params: Parameters, at least one
+        :return: Whether the last of these are ``params``, the same objects in the same order
+        """
+        last = self.params[-len(params) :]
+        return len(last) == len(params) and all(a is b for a, b in zip(params, last, strict=True))
 
     @property
     def is_bound(self) -> bool:

@@ -107,9 +107,11 @@ def machine() -> str:
     """:return: processor, number of cores, operating system"""
     model = platform.processor() or platform.machine()
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        model = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), model)
-    except OSError:
+        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line]
+        processor = {key.strip(): value.strip() for key, value in reversed(lines)}
+        # Of virtual processors, the name says less than the numbers
+        model = f"{processor['model name']} (family {processor['cpu family']}, model {processor['model']})"
+    except (OSError, KeyError):
         pass
     return f"{model}, {os.cpu_count()} cores, {platform.system()}"
 

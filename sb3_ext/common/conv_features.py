@@ -6,7 +6,9 @@ from typing import cast
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.torch_layers import NatureCNN
+from stable_baselines3.common.policies import BaseModel
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
+from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 
@@ -25,3 +27,15 @@ class ConvFeatures(NatureCNN):
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         return self.cnn(observations.contiguous(memory_format=th.channels_last))
+
+
+class ChannelsLastMixin(BaseModel):
+    """
+    For networks with a Nature CNN: lays images out channels-last, which is faster on CPU, while they are bytes and not yet
+    floats of four times the size.
+    """
+
+    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
+        if isinstance(features_extractor, NatureCNN) and isinstance(obs, th.Tensor):
+            obs = obs.contiguous(memory_format=th.channels_last)
+        return super().extract_features(obs, features_extractor)

@@ -20,7 +20,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import QNetwork
 from torch import nn
 
-from sb3_ext.common.conv_features import ConvFeatures
+from sb3_ext.common.conv_features import ChannelsLastMixin, ConvFeatures
 from sb3_ext.common.evaluation import Heads
 from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
 from sb3_ext.common.mlp import MLP, mlp
@@ -318,6 +318,10 @@ class ContinuousBCQPolicy(BCQPolicy):
         }
 
 
+class BCQQNetwork(ChannelsLastMixin, QNetwork):
+    """SB3's Q-network."""
+
+
 class DiscreteBCQPolicy(BCQPolicy):
     """
     Policy of BCQ for ``Discrete`` actions (Fujimoto et al. 2019b).
@@ -352,7 +356,7 @@ class DiscreteBCQPolicy(BCQPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         net_kwargs = self._update_features_extractor(self._net_kwargs())
-        self.q_net = QNetwork(net_arch=self.net_arch, **net_kwargs)
+        self.q_net = BCQQNetwork(net_arch=self.net_arch, **net_kwargs)
         self.q_net.q_net = MLP(*self.q_net.q_net.children())
         self.imitation_net = mlp(net_kwargs["features_dim"], int(self.action_space.n), self.net_arch, self.activation_fn)
         self.q_net_target = deepcopy(self.q_net)

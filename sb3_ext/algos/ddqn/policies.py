@@ -9,12 +9,13 @@ from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.dqn.policies import DQNPolicy, QNetwork
 
+from sb3_ext.common.conv_features import ChannelsLastMixin
 from sb3_ext.common.evaluation import Heads
 from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
 from sb3_ext.common.mlp import MLP
 
 
-class DDQNQNetwork(QNetwork):
+class DDQNQNetwork(ChannelsLastMixin, QNetwork):
     """
     SB3's Q-network, whose outputs can be differentiated without automatic differentiation.
 

@@ -1,0 +1,37 @@
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.policies import BaseModel
+from stable_baselines3.common.torch_layers import NatureCNN
+from torch import nn
+
+from sb3_ext import BCQ, DDQN, DuelingDDQN
+from sb3_ext.common.conv_features import ConvFeatures
+
+SPACE = spaces.Box(0, 255, (4, 40, 40), np.uint8)
+
+
+def test_the_linear_layer_is_left_out():
+    features = ConvFeatures(SPACE)
+    assert [type(layer) for layer in features.modules() if isinstance(layer, (nn.Conv2d, nn.Linear))] == 3 * [nn.Conv2d]
+    assert features.features_dim == features(th.rand(2, 4, 40, 40)).shape[1]
+
+
+@pytest.mark.parametrize("algo", [BCQ, DDQN, DuelingDDQN])
+@pytest.mark.parametrize("extractor", [ConvFeatures, NatureCNN])
+def test_layout_in_memory_does_not_change_the_features(algo, extractor):
+    policy_class = (algo.discrete_policy_aliases if algo is BCQ else algo.policy_aliases)["CnnPolicy"]
+    policy = policy_class(SPACE, spaces.Discrete(3), lambda _: 1e-3, net_arch=[8], features_extractor_class=extractor)
+    th.manual_seed(0)
+    # As sampled: rows of a larger tensor
+    obs = th.randint(0, 256, (5, 2 * 4 * 40 * 40), dtype=th.uint8)[:, : 4 * 40 * 40].unflatten(1, (4, 40, 40))
+    net = policy.q_net
+    images = []
+    net.features_extractor.cnn.register_forward_pre_hook(lambda _, inputs: images.append(inputs[0]))
+    with th.no_grad():
+        features = net.extract_features(obs, net.features_extractor)
+        expected = BaseModel.extract_features(net, obs, net.features_extractor)
+    assert images[0].is_contiguous(memory_format=th.channels_last)
+    th.testing.assert_close(images[0], obs.float() / 255)
+    th.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)

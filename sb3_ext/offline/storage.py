@@ -224,7 +224,7 @@ class ReadAhead:
     :param max_nbytes: upper bound of what is gathered at once, unless one batch is more
     """
 
-    def __init__(self, rows: DiskRows, n_transitions: int, row_nbytes: int, max_nbytes: int = 2**28) -> None:
+    def __init__(self, rows: DiskRows, n_transitions: int, row_nbytes: int, max_nbytes: int = 15 * 2**24) -> None:
         self._rows = rows
         self._n_transitions = n_transitions
         self._max_transitions = min(max_nbytes // row_nbytes, n_transitions)

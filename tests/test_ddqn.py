@@ -137,11 +137,11 @@ def test_without_double_q_it_is_dqn():
 @pytest.mark.parametrize("algo", [DDQN, DuelingDDQN])
 def test_vectors_and_images_take_the_fast_path(algo):
     model = cartpole(algo)
-    assert isinstance(model.q_net.heads(model.policy.flat).evaluate(th.randn(2, 4), th.randn(2, 4)), PerceptronEvaluation)
+    assert isinstance(model.q_net.heads.evaluate(model.policy.flat, th.randn(2, 4), th.randn(2, 4)), PerceptronEvaluation)
     env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=True)
     model = algo("CnnPolicy", env, buffer_size=10, seed=0, device="cpu")
     obs = th.randint(0, 256, (2, 1, 40, 40), dtype=th.uint8)
-    assert isinstance(model.q_net.heads(model.policy.flat).evaluate(obs, obs), PerceptronEvaluation)
+    assert isinstance(model.q_net.heads.evaluate(model.policy.flat, obs, obs), PerceptronEvaluation)
 
 
 def test_streams_of_images_are_as_in_the_paper():
@@ -158,7 +158,7 @@ def test_streams_of_images_are_as_in_the_paper():
 @pytest.mark.parametrize(("rescale", "scale"), [(True, 0.5**0.5), (False, 1.0)])
 def test_gradient_into_the_shared_layers_is_rescaled(rescale, scale):
     model = cartpole(DuelingDDQN, policy_kwargs={"rescale_shared_gradient": rescale})
-    assert model.q_net.heads(model.policy.flat).shared_gradient_scale == pytest.approx(scale)
+    assert model.q_net.heads.shared_gradient_scale == pytest.approx(scale)
     assert model.policy._get_constructor_parameters()["rescale_shared_gradient"] is rescale
 
 

@@ -32,7 +32,7 @@ def make_heads(extract_features=FLATTEN, features_dim=3, activation_fn=nn.ReLU, 
     heads_input = features_dim if trunk is None else 6
     networks = [mlp(heads_input, 2, [7, 6], activation_fn), mlp(heads_input, 4, [5], activation_fn)]
     flat = FlatParameters(*features, *([] if trunk is None else [trunk]), *networks)
-    return Heads(extract_features, networks, flat, trunk, activation_fn, **kwargs)
+    return Heads(extract_features, networks, trunk, activation_fn, **kwargs), flat
 
 
 def expected_gradient(heads, obs, gradients, features=()):
@@ -54,50 +54,52 @@ def expected_gradient(heads, obs, gradients, features=()):
     return th.cat([scale * grad.reshape(-1) for scale, grad in zip(scales, grads, strict=True)])
 
 
-def check(heads, batches, gradients, kind, features=()):
-    evaluation = heads.evaluate(*batches)
+def check(heads, flat, batches, gradients, kind, features=()):
+    evaluation = heads.evaluate(flat, *batches)
     assert isinstance(evaluation, kind)
     with th.no_grad():
         th.testing.assert_close(evaluation.outputs, heads(batches[0]))
         th.testing.assert_close(evaluation.next_outputs, heads(batches[1]))
     expected = expected_gradient(heads, batches[0], gradients, features)
     for _ in range(2):  # the second time, the gradient's memory is there and holds a result
-        heads.evaluate(*batches).backward(*gradients)
-        th.testing.assert_close(heads.flat.tensor.grad.double(), expected, rtol=1e-4, atol=1e-5)
+        heads.evaluate(flat, *batches).backward(*gradients)
+        th.testing.assert_close(flat.tensor.grad.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
 @pytest.mark.parametrize("trunk_arch", [None, [], [8]])
 def test_perceptrons(batches, gradients, activation_fn, trunk_arch):
-    heads = make_heads(activation_fn=activation_fn, trunk_arch=trunk_arch, shared_gradient_scale=0.5)
-    check(heads, batches, gradients, PerceptronEvaluation)
+    heads, flat = make_heads(activation_fn=activation_fn, trunk_arch=trunk_arch, shared_gradient_scale=0.5)
+    check(heads, flat, batches, gradients, PerceptronEvaluation)
 
 
 @pytest.mark.parametrize("trunk_arch", [None, [8]])
 def test_other_activation_functions(batches, gradients, trunk_arch):
-    heads = make_heads(activation_fn=nn.ELU, trunk_arch=trunk_arch, shared_gradient_scale=0.5)
-    check(heads, batches, gradients, GraphEvaluation)
+    heads, flat = make_heads(activation_fn=nn.ELU, trunk_arch=trunk_arch, shared_gradient_scale=0.5)
+    check(heads, flat, batches, gradients, GraphEvaluation)
 
 
 @pytest.mark.parametrize("trunk_arch", [None, [8]])
 def test_features_that_learn(batches, gradients, trunk_arch):
     features = MLP(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 3))
-    heads = make_heads(features, trunk_arch=trunk_arch, features=[features], shared_gradient_scale=0.5)
-    check(heads, batches, gradients, PerceptronEvaluation, [features])
-    heads = make_heads(features, trunk_arch=trunk_arch, features=[features], activation_fn=nn.ELU, shared_gradient_scale=0.5)
-    check(heads, batches, gradients, GraphEvaluation, [features])
+    heads, flat = make_heads(features, trunk_arch=trunk_arch, features=[features], shared_gradient_scale=0.5)
+    check(heads, flat, batches, gradients, PerceptronEvaluation, [features])
+    heads, flat = make_heads(
+        features, trunk_arch=trunk_arch, features=[features], activation_fn=nn.ELU, shared_gradient_scale=0.5
+    )
+    check(heads, flat, batches, gradients, GraphEvaluation, [features])
 
 
 def test_dict_observations(batches, gradients):
     def features(obs):
         return th.cat([obs["b"], obs["a"]], dim=1)
 
-    heads = make_heads(features)
+    heads, flat = make_heads(features)
     obs, next_obs = ({"a": batch[:, :1], "b": batch[:, 1:]} for batch in batches)
-    evaluation = heads.evaluate(obs, next_obs)
+    evaluation = heads.evaluate(flat, obs, next_obs)
     assert isinstance(evaluation, PerceptronEvaluation)
     with th.no_grad():
         th.testing.assert_close(evaluation.next_outputs, heads(next_obs))
     evaluation.backward(*gradients)
     expected = expected_gradient(heads, features(obs), gradients)
-    th.testing.assert_close(heads.flat.tensor.grad.double(), expected, rtol=1e-4, atol=1e-5)
+    th.testing.assert_close(flat.tensor.grad.double(), expected, rtol=1e-4, atol=1e-5)

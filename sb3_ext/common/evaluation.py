@@ -23,7 +23,6 @@ class Heads:
 
     :param extract_features: From a batch of observations to the features, (batch, features_dim)
     :param heads: The networks at the end
-    :param flat: The parameters of all, in the order of the computation
     :param trunk: The shared layers behind the features, without their last activation function (None: there are none)
     :param activation_fn: Behind the trunk
     :param shared_gradient_scale: The gradient that the heads send back is multiplied by it before it goes on
@@ -31,7 +30,6 @@ class Heads:
 
     extract_features: Callable[[PyTorchObs], th.Tensor]
     heads: Sequence[MLP]
-    flat: FlatParameters
     trunk: MLP | None = None
     activation_fn: type[nn.Module] = nn.ReLU
     shared_gradient_scale: float = 1.0
@@ -52,28 +50,19 @@ class Heads:
         hidden = self.hidden(obs)
         return [head(hidden) for head in self.heads]
 
-    def evaluate(self, obs: PyTorchObs, next_obs: PyTorchObs) -> Evaluation:
+    def evaluate(self, flat: FlatParameters, obs: PyTorchObs, next_obs: PyTorchObs) -> Evaluation:
         """
+        :param flat: The parameters of features, trunk and heads, in this order
         :param obs: Batch of observations
         :param next_obs: The observations after them
         :return: The outputs for both. Valid until the parameters change.
         """
-        if self.are_perceptrons:
-            return PerceptronEvaluation(self, obs, next_obs)
-        return GraphEvaluation(self, obs, next_obs)
-
-    @property
-    def own_parameters(self) -> list[th.Tensor]:
-        """The parameters behind the features."""
         networks = [*([] if self.trunk is None else [self.trunk]), *self.heads]
-        return [parameter for network in networks for parameter in network.weights_and_biases()]
-
-    @property
-    def are_perceptrons(self) -> bool:
-        """Whether all behind the features can be differentiated by hand."""
-        networks = [*([] if self.trunk is None else [self.trunk]), *self.heads]
+        parameters = [parameter for network in networks for parameter in network.weights_and_biases()]
         is_known = self.activation_fn in ACTIVATIONS and all(network.is_plain for network in networks)
-        return is_known and self.flat.ends_with(self.own_parameters)
+        if is_known and flat.ends_with(parameters):
+            return PerceptronEvaluation(self, flat, flat.params[: len(flat.params) - len(parameters)], obs, next_obs)
+        return GraphEvaluation(self, flat, obs, next_obs)
 
 
 class Evaluation(Protocol):
@@ -101,12 +90,13 @@ class GraphEvaluation:
     By automatic differentiation, for any networks.
 
     :param heads: Any
+    :param flat: Their parameters
     :param obs: Batch of observations
     :param next_obs: The observations after them
     """
 
-    def __init__(self, heads: Heads, obs: PyTorchObs, next_obs: PyTorchObs) -> None:
-        self.flat = heads.flat
+    def __init__(self, heads: Heads, flat: FlatParameters, obs: PyTorchObs, next_obs: PyTorchObs) -> None:
+        self._flat = flat
         hidden = heads.hidden(obs)
         if heads.shared_gradient_scale != 1.0 and hidden.requires_grad:
             hidden.register_hook(lambda gradient: heads.shared_gradient_scale * gradient)
@@ -116,7 +106,7 @@ class GraphEvaluation:
             self.next_outputs = heads(next_obs)
 
     def backward(self, *gradients: th.Tensor) -> None:
-        self.flat.backward(self._graph, gradients)
+        self._flat.backward(self._graph, gradients)
 
 
 class PerceptronEvaluation:
@@ -124,15 +114,23 @@ class PerceptronEvaluation:
     By hand behind the features, from one pass over both batches, because small batches keep autograd busier than the
     processor, and because the gradients of large layers are then written where they belong.
 
-    :param heads: Plain perceptrons, whose parameters are the last of ``flat``
+    :param heads: Plain perceptrons
+    :param flat: The parameters of the features, then those of trunk and heads
+    :param feature_parameters: The former
     :param obs: Batch of observations
     :param next_obs: The observations after them
     """
 
-    def __init__(self, heads: Heads, obs: PyTorchObs, next_obs: PyTorchObs) -> None:
-        self._heads = heads
-        self._feature_parameters = heads.flat.params[: len(heads.flat.params) - len(heads.own_parameters)]
-        if self._feature_parameters:
+    def __init__(
+        self,
+        heads: Heads,
+        flat: FlatParameters,
+        feature_parameters: Sequence[th.Tensor],
+        obs: PyTorchObs,
+        next_obs: PyTorchObs,
+    ) -> None:
+        self._heads, self._flat, self._feature_parameters = heads, flat, feature_parameters
+        if feature_parameters:
             self._features = heads.extract_features(obs)
             with th.no_grad():
                 hidden = th.cat([self._features, heads.extract_features(next_obs)])
@@ -149,7 +147,7 @@ class PerceptronEvaluation:
         self.outputs = [activations[-1] for activations in self._activations]
 
     def backward(self, *gradients: th.Tensor) -> None:
-        heads, out = self._heads, iter(self._heads.flat.gradient_views())
+        heads, out = self._heads, iter(self._flat.gradient_views())
         features_out = list(islice(out, len(self._feature_parameters)))
         trunk_out = [] if heads.trunk is None else list(islice(out, len(heads.trunk.weights_and_biases())))
         heads_out = [list(islice(out, len(head.weights_and_biases()))) for head in heads.heads]

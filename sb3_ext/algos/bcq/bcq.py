@@ -272,7 +272,7 @@ class BCQ(OfflineAlgorithm):
     def _discrete_update(self, replay_data: Samples) -> None:
         policy = cast(DiscreteBCQPolicy, self.policy)
         actions = replay_data.actions - int(self.action_space.start)  # type: ignore[attr-defined]
-        online = policy.heads.evaluate(replay_data.observations, replay_data.next_observations)
+        online = policy.heads.evaluate(policy.flat, replay_data.observations, replay_data.next_observations)
         q_values, logits = online.outputs
         target_q_values = self._discrete_target(replay_data, *online.next_outputs)
         q_loss, q_gradient = huber_loss(q_values, actions, target_q_values)

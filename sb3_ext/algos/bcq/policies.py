@@ -369,7 +369,7 @@ class DiscreteBCQPolicy(BCQPolicy):
     @property
     def heads(self) -> Heads:
         """Values and imitation logits on features that they share."""
-        return Heads(self._features, [cast(MLP, self.q_net.q_net), self.imitation_net], self.flat)
+        return Heads(self._features, [cast(MLP, self.q_net.q_net), self.imitation_net])
 
     def _features(self, obs: PyTorchObs) -> th.Tensor:
         return self.q_net.extract_features(obs, self.q_net.features_extractor)

@@ -170,7 +170,7 @@ class DDQN(DQN):
     def _update(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """:return: the loss before the update, a scalar"""
         policy, q_net = self.policy, self.policy.q_net
-        online = q_net.heads(policy.flat).evaluate(replay_data.observations, replay_data.next_observations)
+        online = q_net.heads.evaluate(policy.flat, replay_data.observations, replay_data.next_observations)
         target_q_values = self._target(replay_data, q_net.combine(*online.next_outputs))
         loss, gradient = huber_loss(q_net.combine(*online.outputs), replay_data.actions.long(), target_q_values)
         online.backward(*q_net.split_gradient(gradient))

@@ -27,12 +27,10 @@ class DDQNQNetwork(ChannelsLastMixin, QNetwork):
         super().__init__(*args, **kwargs)
         self.q_net = MLP(*self.q_net.children())
 
-    def heads(self, flat: FlatParameters) -> Heads:
-        """
-        :param flat: The parameters of this network
-        :return: The networks whose outputs ``combine`` takes
-        """
-        return Heads(self.extract_features_of, [cast(MLP, self.q_net)], flat)
+    @property
+    def heads(self) -> Heads:
+        """The networks whose outputs ``combine`` takes."""
+        return Heads(self.extract_features_of, [cast(MLP, self.q_net)])
 
     def extract_features_of(self, obs: PyTorchObs) -> th.Tensor:
         return self.extract_features(obs, self.features_extractor)

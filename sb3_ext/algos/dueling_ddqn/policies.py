@@ -14,7 +14,6 @@ from torch import nn
 from sb3_ext.algos.ddqn.policies import DDQNPolicy, DDQNQNetwork
 from sb3_ext.common.conv_features import ConvFeatures
 from sb3_ext.common.evaluation import Heads
-from sb3_ext.common.flat_parameters import FlatParameters
 from sb3_ext.common.mlp import MLP, mlp
 
 
@@ -54,15 +53,13 @@ class DuelingQNetwork(DDQNQNetwork):
         self.value_net = mlp(hidden_dim, 1, [last], activation_fn)
         self.advantage_net = mlp(hidden_dim, int(self.action_space.n), [last], activation_fn)
 
-    def forward(self, obs: PyTorchObs) -> th.Tensor:
-        hidden = self.extract_features_of(obs)
-        if self.trunk is not None:
-            hidden = self.activation_fn()(self.trunk(hidden))
-        return self.combine(self.value_net(hidden), self.advantage_net(hidden))
-
-    def heads(self, flat: FlatParameters) -> Heads:
+    @property
+    def heads(self) -> Heads:
         streams = [self.value_net, self.advantage_net]
-        return Heads(self.extract_features_of, streams, flat, self.trunk, self.activation_fn, self.shared_gradient_scale)
+        return Heads(self.extract_features_of, streams, self.trunk, self.activation_fn, self.shared_gradient_scale)
+
+    def forward(self, obs: PyTorchObs) -> th.Tensor:
+        return self.combine(*self.heads(obs))
 
     def combine(self, *outputs: th.Tensor) -> th.Tensor:
         values, advantages = outputs

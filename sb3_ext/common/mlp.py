@@ -1,4 +1,4 @@
-"""Multilayer perceptrons whose matrix products run in oneDNN on CPU."""
+"""Multilayer perceptrons whose large matrix products run in oneDNN on CPU."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-# On CPU, torch sends Linear layers to MKL. On the AMD processor of the benchmarks, oneDNN, which torch brings for
-# convolutions, is more than twice as fast for large products; it also applies bias and ReLU on the way. The operator is the
+# On CPU, torch sends Linear layers to MKL. On AMD processors, oneDNN, which torch brings for convolutions, is a little to
+# twice as fast for large products, depending on the model; it also applies bias and ReLU on the way. The operator is the
 # one that torch.compile uses; without it, all products go to MKL.
 _onednn_linear: Any = getattr(th.ops.mkldnn, "_linear_pointwise", None) if th.backends.mkldnn.is_available() else None
 

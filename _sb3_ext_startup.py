@@ -19,6 +19,7 @@ PATCHED_MODULES = frozenset(
         "huggingface_sb3.push_to_hub",
         "rl_zoo3.exp_manager",
         "rl_zoo3.hyperparams_opt",
+        "rl_zoo3.import_envs",
         "rl_zoo3.utils",
     }
 )

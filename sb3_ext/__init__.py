@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from sb3_ext.algos.dueling_ddqn import DuelingDDQN
     from sb3_ext.algos.npg import NPG
     from sb3_ext.algos.reinforce import REINFORCE
+    from sb3_ext.algos.sac_discrete import SACDiscrete
     from sb3_ext.algos.trpo import TRPO
     from sb3_ext.algos.vpg import VPG
+    from sb3_ext.common.conv_features import MinAtarFeatures
     from sb3_ext.common.frame_replay_buffer import FrameReplayBuffer
     from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 
@@ -27,7 +29,9 @@ __all__ = [
     "VPG",
     "DuelingDDQN",
     "FrameReplayBuffer",
+    "MinAtarFeatures",
     "OfflineAlgorithm",
+    "SACDiscrete",
     "__version__",
 ]
 
@@ -37,9 +41,11 @@ _MODULES = {
     "DuelingDDQN": "sb3_ext.algos.dueling_ddqn",
     "NPG": "sb3_ext.algos.npg",
     "REINFORCE": "sb3_ext.algos.reinforce",
+    "SACDiscrete": "sb3_ext.algos.sac_discrete",
     "TRPO": "sb3_ext.algos.trpo",
     "VPG": "sb3_ext.algos.vpg",
     "FrameReplayBuffer": "sb3_ext.common.frame_replay_buffer",
+    "MinAtarFeatures": "sb3_ext.common.conv_features",
     "OfflineAlgorithm": "sb3_ext.common.offline_algorithm",
 }
 

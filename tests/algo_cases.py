@@ -18,7 +18,7 @@ from stable_baselines3.common.envs import FakeImageEnv, IdentityEnv, IdentityEnv
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ext import BCQ, DDQN, NPG, REINFORCE, TRPO, VPG, DuelingDDQN
+from sb3_ext import BCQ, DDQN, NPG, REINFORCE, TRPO, VPG, DuelingDDQN, SACDiscrete
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 
 
@@ -158,6 +158,9 @@ SMALL_DDQN = {
 }
 DDQN_KEYS = frozenset({"train/loss", "rollout/exploration_rate"})
 
+SMALL_SAC = {"buffer_size": 60, "learning_starts": 3, "batch_size": 8, "policy_kwargs": {"net_arch": [16]}}
+SAC_KEYS = frozenset({f"train/{key}" for key in ("actor_loss", "critic_loss", "ent_coef_loss", "ent_coef", "entropy")})
+
 CASES: list[AlgoCase] = [
     AlgoCase(BCQ, spaces.Box, SMALL_BCQ_BOX, BCQ_BOX_KEYS),
     AlgoCase(BCQ, spaces.Discrete, SMALL_BCQ_DISCRETE, BCQ_DISCRETE_KEYS),
@@ -171,6 +174,7 @@ CASES: list[AlgoCase] = [
     AlgoCase(TRPO, spaces.Discrete, SMALL_TRPO, TRPO_KEYS),
     AlgoCase(DDQN, spaces.Discrete, SMALL_DDQN, DDQN_KEYS),
     AlgoCase(DuelingDDQN, spaces.Discrete, SMALL_DDQN, DDQN_KEYS),
+    AlgoCase(SACDiscrete, spaces.Discrete, SMALL_SAC, SAC_KEYS),
 ]
 
 COMMON_LOG_KEYS = frozenset({"time/fps", "time/total_timesteps", "train/learning_rate", "train/n_updates"})

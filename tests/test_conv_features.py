@@ -7,7 +7,7 @@ from stable_baselines3.common.torch_layers import NatureCNN
 from torch import nn
 
 from sb3_ext import BCQ, DDQN, DuelingDDQN
-from sb3_ext.common.conv_features import ConvFeatures
+from sb3_ext.common.conv_features import ConvFeatures, MinAtarFeatures
 
 SPACE = spaces.Box(0, 255, (4, 40, 40), np.uint8)
 
@@ -35,3 +35,15 @@ def test_layout_in_memory_does_not_change_the_features(algo, extractor):
     assert images[0].is_contiguous(memory_format=th.channels_last)
     th.testing.assert_close(images[0], obs.float() / 255)
     th.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_features_of_minatar():
+    space = spaces.Box(0, 1, (10, 10, 4), bool)
+    features = MinAtarFeatures(space)
+    obs = th.rand(3, 10, 10, 4)
+    expected = th.einsum("bhwcxy,ocxy->bohw", obs.unfold(1, 3, 1).unfold(2, 3, 1), features.cnn[0].weight)
+    expected = (expected + features.cnn[0].bias[:, None, None]).relu().flatten(1)
+    assert features.features_dim == expected.shape[1] == 1024
+    th.testing.assert_close(features(obs), expected)
+    with pytest.raises(ValueError, match="supports Box observation spaces"):
+        MinAtarFeatures(spaces.Box(0, 1, (4,)))

@@ -212,6 +212,46 @@ def test_double_q_learning_overestimates_less():
     assert value_of_the_first_state() < 0.0
 
 
+class Constant(gym.Env):
+    """The same state again and again, a reward of 1 for any action. Actions are counted from 3."""
+
+    observation_space = spaces.Box(0, 1, (1,))
+    action_space = spaces.Discrete(4, start=3)
+
+    def reset(self, *, seed=None, options=None):
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        assert 3 <= action < 7
+        return np.ones(1, np.float32), 1.0 if action == 5 else 0.0, False, False, {}
+
+
+@pytest.mark.parametrize("algo", [DDQN, DuelingDDQN])
+def test_target_network_gives_the_target(algo):
+    """With a frozen target network the values are those of one step; the network itself would give 1 / (1 - 0.9) = 10."""
+    model = algo(
+        "MlpPolicy",
+        gym.wrappers.TimeLimit(Constant(), 50),
+        learning_rate=3e-3,
+        buffer_size=200,
+        learning_starts=200,
+        train_freq=200,
+        gradient_steps=1500,
+        target_update_interval=1_000_000,
+        exploration_final_eps=1.0,
+        gamma=0.9,
+        policy_kwargs={"net_arch": [8]},
+        seed=0,
+        device="cpu",
+    ).learn(400)
+    obs = np.ones(1, np.float32)
+    assert model.predict(obs, deterministic=True)[0] == 5
+    with th.no_grad():
+        next_value = model.q_net_target(th.as_tensor(obs[None]))[0, 2]
+        expected = th.tensor([[0.0, 0.0, 1.0, 0.0]]) + 0.9 * next_value
+        th.testing.assert_close(model.q_net(th.as_tensor(obs[None])), expected, rtol=0.02, atol=0.02)
+
+
 def test_time_limits_are_bootstrapped():
     env = make_vec_env(lambda: gym.wrappers.TimeLimit(gym.make("CartPole-v1").unwrapped, 5), seed=0)
     model = DDQN("MlpPolicy", env, **{**SMALL, "learning_starts": 1000}, seed=0, device="cpu").learn(60)

@@ -6,6 +6,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import Distribution, distribution, distributions
 
+import gymnasium
 import pytest
 from huggingface_hub import ModelCard
 from packaging.requirements import Requirement
@@ -63,6 +64,10 @@ def test_no_second_array_library_is_installed(package):
 def test_versions_that_crash_are_excluded(package, name, extra, version):
     bounds = [requirement.specifier for requirement in requirements(package, frozenset([extra])) if requirement.name == name]
     assert any(version not in bound for bound in bounds)
+
+
+def test_minatar_is_known_to_the_zoo():
+    assert gymnasium.make("MinAtar/SpaceInvaders-v1").observation_space.shape == (10, 10, 6)
 
 
 def test_model_card_of_push_to_hub(tmp_path):

@@ -8,7 +8,8 @@ import optuna
 import pytest
 import yaml
 
-from sb3_ext import FrameReplayBuffer
+from sb3_ext import FrameReplayBuffer, MinAtarFeatures
+from sb3_ext.zoo import register
 from sb3_ext.zoo.registry import ALGORITHMS
 
 
@@ -68,10 +69,25 @@ def test_keys_are_unique_and_have_hyperparameters():
         assert files("sb3_ext.hyperparams").joinpath(f"{key}.yml").is_file()
 
 
-@pytest.mark.parametrize("key", ["ddqn", "dueling_ddqn"])
+OFF_POLICY = pytest.mark.parametrize("key", ["ddqn", "dueling_ddqn", "sac_discrete"])
+
+
+@OFF_POLICY
 def test_frames_are_stored_once_on_atari(key):
     entry = yaml.safe_load(files("sb3_ext.hyperparams").joinpath(f"{key}.yml").read_text())["atari"]
     # What the zoo does with it
     assert eval(entry["replay_buffer_class"]) is FrameReplayBuffer
     # Stacks of as many frames as the buffer takes by default
     assert entry["frame_stack"] == inspect.signature(FrameReplayBuffer).parameters["n_stack"].default
+
+
+@OFF_POLICY
+def test_minatar_settings_learn(key):
+    register()
+    entry = yaml.safe_load(files("sb3_ext.hyperparams").joinpath(f"{key}.yml").read_text())["MinAtar/Breakout-v1"]
+    algo = next(resolve_name(algorithm.class_path) for algorithm in ALGORITHMS if algorithm.key == key)
+    del entry["n_timesteps"]
+    settings = {**entry, "policy_kwargs": eval(entry["policy_kwargs"]), "learning_starts": 10, "buffer_size": 100}
+    model = algo(env="MinAtar/Breakout-v1", seed=0, device="cpu", **settings).learn(30)
+    assert model._n_updates > 0
+    assert any(isinstance(module, MinAtarFeatures) for module in model.policy.modules())

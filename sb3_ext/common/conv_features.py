@@ -29,6 +29,27 @@ class ConvFeatures(NatureCNN):
         return self.cnn(observations.contiguous(memory_format=th.channels_last))
 
 
+class MinAtarFeatures(BaseFeaturesExtractor):
+    """
+    The convolution of the MinAtar paper (Young and Tian 2019, https://arxiv.org/abs/1903.03176): 16 kernels of 3 x 3.
+
+    :param observation_space: ``Box`` of 0 and 1, (height, width, channels)
+    :raises ValueError: if it has another number of dimensions
+    """
+
+    def __init__(self, observation_space: spaces.Box) -> None:
+        if len(observation_space.shape) != 3:
+            raise ValueError(
+                f"MinAtarFeatures supports Box observation spaces (height, width, channels), but got {observation_space}."
+            )
+        height, width, channels = observation_space.shape
+        super().__init__(observation_space, features_dim=16 * (height - 2) * (width - 2))
+        self.cnn = nn.Sequential(nn.Conv2d(channels, 16, kernel_size=3), nn.ReLU(), nn.Flatten())
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.cnn(observations.permute(0, 3, 1, 2))
+
+
 class ChannelsLastMixin(BaseModel):
     """
     For networks with a Nature CNN: lays images out channels-last, which is faster on CPU, while they are bytes and not yet

@@ -50,11 +50,11 @@ class Heads:
         hidden = self.hidden(obs)
         return [head(hidden) for head in self.heads]
 
-    def evaluate(self, flat: FlatParameters, obs: PyTorchObs, next_obs: PyTorchObs) -> Evaluation:
+    def evaluate(self, flat: FlatParameters, obs: PyTorchObs, next_obs: PyTorchObs | None = None) -> Evaluation:
         """
         :param flat: The parameters of features, trunk and heads, in this order
         :param obs: Batch of observations
-        :param next_obs: The observations after them
+        :param next_obs: The observations after them (None: they are not needed)
         :return: The outputs for both. Valid until the parameters change.
         """
         networks = [*([] if self.trunk is None else [self.trunk]), *self.heads]
@@ -70,7 +70,8 @@ class Evaluation(Protocol):
     What heads make of the observations and of the next observations.
 
     ``outputs``, one tensor (batch, ...) for each head, are what a loss is computed from; ``next_outputs``, of the same
-    shapes, are constants for its target. Neither needs a graph: ``backward`` wants the gradients of the loss.
+    shapes (of no rows, if there are no next observations), are constants for its target. Neither needs a graph: ``backward``
+    wants the gradients of the loss.
     """
 
     outputs: list[th.Tensor]
@@ -95,7 +96,7 @@ class GraphEvaluation:
     :param next_obs: The observations after them
     """
 
-    def __init__(self, heads: Heads, flat: FlatParameters, obs: PyTorchObs, next_obs: PyTorchObs) -> None:
+    def __init__(self, heads: Heads, flat: FlatParameters, obs: PyTorchObs, next_obs: PyTorchObs | None) -> None:
         self._flat = flat
         hidden = heads.hidden(obs)
         if heads.shared_gradient_scale != 1.0 and hidden.requires_grad:
@@ -103,7 +104,7 @@ class GraphEvaluation:
         self._graph: list[th.Tensor] = [head(hidden) for head in heads.heads]
         self.outputs = [output.detach() for output in self._graph]
         with th.no_grad():
-            self.next_outputs = heads(next_obs)
+            self.next_outputs = [output[:0] for output in self.outputs] if next_obs is None else heads(next_obs)
 
     def backward(self, *gradients: th.Tensor) -> None:
         self._flat.backward(self._graph, gradients)
@@ -127,16 +128,19 @@ class PerceptronEvaluation:
         flat: FlatParameters,
         feature_parameters: Sequence[th.Tensor],
         obs: PyTorchObs,
-        next_obs: PyTorchObs,
+        next_obs: PyTorchObs | None,
     ) -> None:
         self._heads, self._flat, self._feature_parameters = heads, flat, feature_parameters
         if feature_parameters:
             self._features = heads.extract_features(obs)
-            with th.no_grad():
-                hidden = th.cat([self._features, heads.extract_features(next_obs)])
+            hidden = self._features.detach()
+            if next_obs is not None:
+                with th.no_grad():
+                    hidden = th.cat([hidden, heads.extract_features(next_obs)])
         else:
-            hidden = heads.extract_features(map_observations(lambda *batches: th.cat(batches), obs, next_obs))
-        batch_size = len(hidden) // 2
+            both_obs = [obs] if next_obs is None else [obs, next_obs]
+            hidden = heads.extract_features(map_observations(lambda *batches: th.cat(batches), *both_obs))
+        batch_size = len(hidden) if next_obs is None else len(hidden) // 2
         if heads.trunk is not None:
             trunk = heads.trunk.activations(hidden)
             hidden = ACTIVATIONS[heads.activation_fn].in_place(trunk[-1])

@@ -23,6 +23,7 @@ from stable_baselines3.common.utils import FloatSchedule, explained_variance, up
 from torch.nn import functional as F
 
 from sb3_ext.common.actor_critic import critic_network, split_parameters
+from sb3_ext.common.arguments import check_range
 from sb3_ext.common.flat_parameters import FlatParameters
 from sb3_ext.common.mlp import MLP
 from sb3_ext.common.observations import map_observations
@@ -140,13 +141,9 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
         if not isinstance(self.action_space, ACTION_SPACES):
             supported = ", ".join(space.__name__ for space in ACTION_SPACES)
             raise ValueError(f"{name} supports {supported} action spaces, but got {self.action_space}.")
-        for argument, smallest in {"n_steps": 1, "batch_size": 1, "n_critic_updates": 0, "ent_coef": 0.0}.items():
-            value = getattr(self, argument)
-            if value is not None and value < smallest:
-                raise ValueError(f"{argument} must be at least {smallest}, but got {value}.")
-        for argument in ("gamma", "gae_lambda"):
-            if not 0.0 <= getattr(self, argument) <= 1.0:
-                raise ValueError(f"{argument} must be in [0, 1], but got {getattr(self, argument)}.")
+        check_range(self, 1, float("inf"), "n_steps", "batch_size")
+        check_range(self, 0, float("inf"), "n_critic_updates", "ent_coef")
+        check_range(self, 0, 1, "gamma", "gae_lambda")
         if self.normalize_advantage and self.n_steps * self.n_envs < 2:
             raise ValueError(
                 "The advantages of a single sample cannot be standardized: n_steps * n_envs must be at least 2 with "

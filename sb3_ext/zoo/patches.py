@@ -12,6 +12,8 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from pkgutil import resolve_name
 from typing import Any, NoReturn
@@ -33,6 +35,14 @@ def register_search_spaces(hyperparams_opt: Any) -> None:
         if algorithm.key not in hyperparams_opt.HYPERPARAMS_SAMPLER:
             hyperparams_opt.HYPERPARAMS_SAMPLER[algorithm.key] = resolve_name(algorithm.sampler)
             hyperparams_opt.HYPERPARAMS_CONVERTER[algorithm.key] = resolve_name(algorithm.converter)
+
+
+def register_minatar(import_envs: Any) -> None:
+    """MinAtar announces its environments through an entry point that gymnasium no longer reads since version 1."""
+    import gymnasium
+
+    if find_spec("minatar") and "MinAtar/Breakout-v1" not in gymnasium.registry:
+        import_module("minatar.gym").register_envs()
 
 
 def find_own_hyperparameters(exp_manager: Any) -> None:
@@ -147,6 +157,7 @@ PATCHES: dict[str, tuple[Callable[[Any], None], ...]] = {
     "huggingface_sb3.push_to_hub": (supply_generate_metadata, find_ffmpeg),
     "rl_zoo3.exp_manager": (find_own_hyperparameters, report_unusable_data),
     "rl_zoo3.hyperparams_opt": (register_search_spaces,),
+    "rl_zoo3.import_envs": (register_minatar,),
     "rl_zoo3.utils": (register_classes,),
 }
 

@@ -66,4 +66,10 @@ ALGORITHMS = (
         "rl_zoo3.hyperparams_opt:sample_dqn_params",
         "rl_zoo3.hyperparams_opt:convert_offpolicy_params",
     ),
+    Algorithm(
+        "sac_discrete",
+        "sb3_ext.algos.sac_discrete:SACDiscrete",
+        "sb3_ext.zoo.search_spaces:sample_sac_discrete_params",
+        "rl_zoo3.hyperparams_opt:convert_offpolicy_params",
+    ),
 )

@@ -3,7 +3,7 @@
 from typing import Any
 
 import optuna
-from rl_zoo3.hyperparams_opt import convert_offpolicy_params, convert_onpolicy_params
+from rl_zoo3.hyperparams_opt import convert_offpolicy_params, convert_onpolicy_params, sample_sac_params
 
 
 def sample_bcq_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
@@ -84,6 +84,24 @@ def convert_reinforce_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     # Of those that all on-policy algorithms of the zoo have, the one that needs a critic
     del hyperparams["gae_lambda"]
     return hyperparams
+
+
+def sample_sac_discrete_params(
+    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    Sampler for SAC-Discrete hyperparams: those of the zoo's SAC, and the target entropy.
+
+    :param trial: The trial to draw for
+    :param n_actions: Unused
+    :param n_envs: Number of parallel environments
+    :param additional_args: As of the zoo's sampler for SAC
+    :return: Keyword arguments of SACDiscrete
+    """
+    return {
+        **sample_sac_params(trial, n_actions, n_envs, additional_args),
+        "target_entropy_ratio": trial.suggest_float("target_entropy_ratio", 0.02, 0.98),
+    }
 
 
 def _sample_policy_gradient_params(trial: optuna.Trial) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from sb3_ext.algos.bcq.policies import (
     DiscreteCnnPolicy,
     DiscreteMultiInputPolicy,
 )
+from sb3_ext.common.arguments import check_range
 from sb3_ext.common.losses import huber_loss
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 from sb3_ext.offline.layout import Samples
@@ -158,17 +159,9 @@ class BCQ(OfflineAlgorithm):
         super()._setup_model()
 
     def _check_parameters(self) -> None:
-        in_unit_interval = ("tau", "min_q_weight", "perturbation_scale", "action_threshold")
-        at_least_one = ("target_update_interval", "n_target_candidates", "n_acting_candidates")
-        not_negative = ("latent_clip", "kl_weight", "logit_penalty")
-        for names, low, high in (
-            (in_unit_interval, 0, 1),
-            (at_least_one, 1, float("inf")),
-            (not_negative, 0, float("inf")),
-        ):
-            for name in names:
-                if not low <= getattr(self, name) <= high:
-                    raise ValueError(f"{name} must be in [{low}, {high}], but got {getattr(self, name)}.")
+        check_range(self, 0, 1, "tau", "min_q_weight", "perturbation_scale", "action_threshold")
+        check_range(self, 1, float("inf"), "target_update_interval", "n_target_candidates", "n_acting_candidates")
+        check_range(self, 0, float("inf"), "latent_clip", "kl_weight", "logit_penalty")
 
     def _policy_arguments(self) -> dict[str, Any]:
         if isinstance(self.action_space, spaces.Discrete):

@@ -11,6 +11,7 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from stable_baselines3.dqn import DQN
 
 from sb3_ext.algos.ddqn.policies import CnnPolicy, DDQNPolicy, DDQNQNetwork, MlpPolicy, MultiInputPolicy
+from sb3_ext.common.arguments import check_range
 from sb3_ext.common.losses import huber_loss
 
 SelfDDQN = TypeVar("SelfDDQN", bound="DDQN")
@@ -60,6 +61,7 @@ class DDQN(DQN):
         "MultiInputPolicy": MultiInputPolicy,
     }
     policy: DDQNPolicy
+    action_space: spaces.Discrete
     q_net: DDQNQNetwork
     q_net_target: DDQNQNetwork
 
@@ -132,18 +134,8 @@ class DDQN(DQN):
             self._setup_model()
 
     def _check_numbers(self) -> None:
-        for name, low, high in (
-            ("tau", 0, 1),
-            ("gamma", 0, 1),
-            ("exploration_initial_eps", 0, 1),
-            ("exploration_final_eps", 0, 1),
-            ("buffer_size", 1, float("inf")),
-            ("batch_size", 1, float("inf")),
-            ("n_steps", 1, float("inf")),
-            ("target_update_interval", 1, float("inf")),
-        ):
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"{name} must be in [{low}, {high}], but got {getattr(self, name)}.")
+        check_range(self, 0, 1, "tau", "gamma", "exploration_initial_eps", "exploration_final_eps")
+        check_range(self, 1, float("inf"), "buffer_size", "batch_size", "n_steps", "target_update_interval")
 
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """
@@ -172,7 +164,8 @@ class DDQN(DQN):
         policy, q_net = self.policy, self.policy.q_net
         online = q_net.heads.evaluate(policy.flat, replay_data.observations, replay_data.next_observations)
         target_q_values = self._target(replay_data, q_net.combine(*online.next_outputs))
-        loss, gradient = huber_loss(q_net.combine(*online.outputs), replay_data.actions.long(), target_q_values)
+        actions = replay_data.actions.long() - int(self.action_space.start)
+        loss, gradient = huber_loss(q_net.combine(*online.outputs), actions, target_q_values)
         online.backward(*q_net.split_gradient(gradient))
         policy.flat.step(policy.optimizer, self.max_grad_norm)
         return loss

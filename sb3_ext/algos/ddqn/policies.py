@@ -35,6 +35,10 @@ class DDQNQNetwork(ChannelsLastMixin, QNetwork):
     def extract_features_of(self, obs: PyTorchObs) -> th.Tensor:
         return self.extract_features(obs, self.features_extractor)
 
+    def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        # SB3's counts the actions from 0
+        return super()._predict(observation, deterministic) + int(self.action_space.start)
+
     def combine(self, *outputs: th.Tensor) -> th.Tensor:
         """
         :param outputs: Of ``heads``, (batch, ...)

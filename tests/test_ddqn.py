@@ -78,8 +78,8 @@ def test_forward_is_the_combination_of_the_streams():
     q_net, obs = cartpole(DuelingDDQN).q_net, th.randn(3, 4)
     with th.no_grad():
         hidden = q_net.trunk(obs).relu()
-        advantages = q_net.advantage_net(hidden)
-        expected = q_net.value_net(hidden) + advantages - advantages.mean(dim=1, keepdim=True)
+        advantages = q_net.advantage_net(hidden[:, 32:])
+        expected = q_net.value_net(hidden[:, :32]) + advantages - advantages.mean(dim=1, keepdim=True)
         th.testing.assert_close(q_net(obs), expected)
 
 
@@ -103,11 +103,14 @@ def test_update_against_float64(algo, net_arch, max_grad_norm):
 
         if algo is DDQN:
             return run(net.q_net, obs)
-        hidden = obs if net.trunk is None else run(net.trunk, obs).relu()
+        *shared, streams = net.trunk
+        hidden = run(shared, obs)
         if hidden is not obs and hidden.requires_grad:
             hidden.register_hook(lambda gradient: gradient / np.sqrt(2))
-        advantages = run(net.advantage_net, hidden)
-        return run(net.value_net, hidden) + advantages - advantages.mean(1, keepdim=True)
+        # The value stream has the odd unit
+        values, advantages = streams(hidden).relu().tensor_split([(net_arch[-1] + 1) // 2], dim=1)
+        advantages = run(net.advantage_net, advantages)
+        return run(net.value_net, values) + advantages - advantages.mean(1, keepdim=True)
 
     next_actions = q_values(online, next_obs).argmax(1, keepdim=True)
     targets = rewards + 0.99 * (1 - dones) * q_values(target, next_obs).gather(1, next_actions)
@@ -147,19 +150,37 @@ def test_vectors_and_images_take_the_fast_path(algo):
 def test_streams_of_images_are_as_in_the_paper():
     env = FakeImageEnv(screen_height=84, screen_width=84, n_channels=4, discrete=True)
     q_net = DuelingDDQN("CnnPolicy", env, buffer_size=10, device="cpu").q_net
-    assert q_net.trunk is None
-    for stream, n_outputs in ((q_net.value_net, 1), (q_net.advantage_net, env.action_space.n)):
-        assert [tuple(layer.weight.shape) for layer in stream if isinstance(layer, th.nn.Linear)] == [
-            (512, 3136),
-            (n_outputs, 512),
-        ]
+    shapes = {name: tuple(parameter.shape) for name, parameter in q_net.named_parameters() if "cnn" not in name}
+    assert shapes == {
+        # 512 units for each stream
+        "trunk.0.weight": (1024, 3136),
+        "trunk.0.bias": (1024,),
+        "value_net.0.weight": (1, 512),
+        "value_net.0.bias": (1,),
+        "advantage_net.0.weight": (env.action_space.n, 512),
+        "advantage_net.0.bias": (env.action_space.n,),
+    }
 
 
-@pytest.mark.parametrize(("rescale", "scale"), [(True, 0.5**0.5), (False, 1.0)])
-def test_gradient_into_the_shared_layers_is_rescaled(rescale, scale):
-    model = cartpole(DuelingDDQN, policy_kwargs={"rescale_shared_gradient": rescale})
-    assert model.q_net.heads.shared_gradient_scale == pytest.approx(scale)
-    assert model.policy._get_constructor_parameters()["rescale_shared_gradient"] is rescale
+@pytest.mark.parametrize("policy", ["MlpPolicy", "CnnPolicy"])
+def test_gradient_into_the_shared_layers_is_rescaled(policy):
+    images = policy == "CnnPolicy"
+    env = FakeImageEnv(screen_height=36, screen_width=36, n_channels=1, discrete=True) if images else gym.make("CartPole-v1")
+    th.manual_seed(0)
+    obs = th.randint(0, 256, (4, 1, 36, 36), dtype=th.uint8) if images else th.randn(4, 4)
+    zeros = th.zeros(4, 1)
+    steps = {}
+    for rescale in (True, False):
+        policy_kwargs = {"net_arch": [9, 8], "optimizer_class": th.optim.SGD, "rescale_shared_gradient": rescale}
+        model = DuelingDDQN(policy, env, learning_rate=0.1, buffer_size=20, policy_kwargs=policy_kwargs, seed=0, device="cpu")
+        assert model.policy._get_constructor_parameters()["rescale_shared_gradient"] is rescale
+        before = copy.deepcopy(model.q_net.state_dict())
+        model._update(ReplayBufferSamples(obs, zeros.long(), obs, zeros, zeros + 1.0))
+        steps[rescale] = {name: value - before[name] for name, value in model.q_net.state_dict().items()}
+    for name, step in steps[False].items():
+        assert step.abs().max() > 0
+        is_shared = "cnn" in name or name.startswith("trunk.0")
+        th.testing.assert_close(steps[True][name], step * (0.5**0.5 if is_shared else 1.0), rtol=1e-3, atol=1e-6)
 
 
 class NoisyChoiceEnv(gym.Env):
@@ -300,9 +321,10 @@ def test_numbers_out_of_range_are_named(name, value):
         cartpole(DDQN, **{name: value})
 
 
-def test_streams_need_a_layer():
+@pytest.mark.parametrize("net_arch", [[], [64, 1]])
+def test_streams_need_units(net_arch):
     with pytest.raises(ValueError, match="net_arch"):
-        cartpole(DuelingDDQN, policy_kwargs={"net_arch": []})
+        cartpole(DuelingDDQN, policy_kwargs={"net_arch": net_arch})
 
 
 def test_divergence_is_a_value_error():

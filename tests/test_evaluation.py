@@ -28,9 +28,10 @@ def gradients():
 
 
 def make_heads(extract_features=FLATTEN, features_dim=3, activation_fn=nn.ReLU, trunk_arch=None, features=(), **kwargs):
-    trunk = None if trunk_arch is None else mlp(features_dim, 6, trunk_arch, activation_fn)
-    heads_input = features_dim if trunk is None else 6
-    networks = [mlp(heads_input, 2, [7, 6], activation_fn), mlp(heads_input, 4, [5], activation_fn)]
+    trunk = None if trunk_arch is None else mlp(features_dim, 7, trunk_arch, activation_fn)
+    # Behind a trunk, each head sees its own part
+    inputs = (features_dim, features_dim) if trunk is None else (4, 3)
+    networks = [mlp(inputs[0], 2, [7, 6], activation_fn), mlp(inputs[1], 4, [5], activation_fn)]
     flat = FlatParameters(*features, *([] if trunk is None else [trunk]), *networks)
     return Heads(extract_features, networks, trunk, activation_fn, **kwargs), flat
 
@@ -44,14 +45,16 @@ def expected_gradient(heads, obs, gradients, features=()):
     hidden = obs.double()
     for layer in layers:
         hidden = layer(hidden)
+    parts = [hidden, hidden]
     if heads.trunk is not None:
         hidden = heads.activation_fn()(hidden)
+        parts = [hidden[:, :4], hidden[:, 4:]]
     shared = [parameter for layer in layers for parameter in layer.parameters()]
     own = [parameter for network in networks for parameter in network.parameters()]
-    loss = sum((network(hidden) * gradient.double()).sum() for network, gradient in zip(networks, gradients, strict=True))
-    grads = th.autograd.grad(loss, shared + own)
-    scales = len(shared) * [heads.shared_gradient_scale] + len(own) * [1.0]
-    return th.cat([scale * grad.reshape(-1) for scale, grad in zip(scales, grads, strict=True)])
+    loss = sum(
+        (network(part) * gradient.double()).sum() for network, part, gradient in zip(networks, parts, gradients, strict=True)
+    )
+    return th.cat([grad.reshape(-1) for grad in th.autograd.grad(loss, shared + own)])
 
 
 def check(heads, flat, batches, gradients, kind, features=()):
@@ -60,33 +63,36 @@ def check(heads, flat, batches, gradients, kind, features=()):
     with th.no_grad():
         th.testing.assert_close(evaluation.outputs, heads(batches[0]))
         th.testing.assert_close(evaluation.next_outputs, heads(batches[1]))
+        alone = heads.evaluate(flat, batches[0])
+        th.testing.assert_close(alone.outputs, evaluation.outputs)
+        assert [len(output) for output in alone.next_outputs] == [0, 0]
     expected = expected_gradient(heads, batches[0], gradients, features)
     for _ in range(2):  # the second time, the gradient's memory is there and holds a result
-        heads.evaluate(flat, *batches).backward(*gradients)
-        th.testing.assert_close(flat.tensor.grad.double(), expected, rtol=1e-4, atol=1e-5)
+        for observations in (batches, batches[:1]):
+            with th.no_grad():  # as in an update; a graph, if there is one, does not depend on it
+                heads.evaluate(flat, *observations).backward(*gradients)
+            th.testing.assert_close(flat.tensor.grad.double(), expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
 @pytest.mark.parametrize("trunk_arch", [None, [], [8]])
 def test_perceptrons(batches, gradients, activation_fn, trunk_arch):
-    heads, flat = make_heads(activation_fn=activation_fn, trunk_arch=trunk_arch, shared_gradient_scale=0.5)
+    heads, flat = make_heads(activation_fn=activation_fn, trunk_arch=trunk_arch)
     check(heads, flat, batches, gradients, PerceptronEvaluation)
 
 
 @pytest.mark.parametrize("trunk_arch", [None, [8]])
 def test_other_activation_functions(batches, gradients, trunk_arch):
-    heads, flat = make_heads(activation_fn=nn.ELU, trunk_arch=trunk_arch, shared_gradient_scale=0.5)
+    heads, flat = make_heads(activation_fn=nn.ELU, trunk_arch=trunk_arch)
     check(heads, flat, batches, gradients, GraphEvaluation)
 
 
 @pytest.mark.parametrize("trunk_arch", [None, [8]])
 def test_features_that_learn(batches, gradients, trunk_arch):
     features = MLP(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 3))
-    heads, flat = make_heads(features, trunk_arch=trunk_arch, features=[features], shared_gradient_scale=0.5)
+    heads, flat = make_heads(features, trunk_arch=trunk_arch, features=[features])
     check(heads, flat, batches, gradients, PerceptronEvaluation, [features])
-    heads, flat = make_heads(
-        features, trunk_arch=trunk_arch, features=[features], activation_fn=nn.ELU, shared_gradient_scale=0.5
-    )
+    heads, flat = make_heads(features, trunk_arch=trunk_arch, features=[features], activation_fn=nn.ELU)
     check(heads, flat, batches, gradients, GraphEvaluation, [features])
 
 

@@ -19,36 +19,41 @@ from sb3_ext.common.observations import map_observations
 @dataclass
 class Heads:
     """
-    Networks that share what lies in front of them: observations -> features -> trunk, activation function -> each head.
+    Networks that share what lies in front of them: observations -> features -> each head. With a trunk behind the features,
+    which ends in an activation function, each head sees its own part of the trunk's outputs.
 
     :param extract_features: From a batch of observations to the features, (batch, features_dim)
     :param heads: The networks at the end
-    :param trunk: The shared layers behind the features, without their last activation function (None: there are none)
+    :param trunk: Without its last activation function; it has as many outputs as the heads have inputs together (None: there
+        is none, and each head sees all features)
     :param activation_fn: Behind the trunk
-    :param shared_gradient_scale: The gradient that the heads send back is multiplied by it before it goes on
     """
 
     extract_features: Callable[[PyTorchObs], th.Tensor]
     heads: Sequence[MLP]
     trunk: MLP | None = None
     activation_fn: type[nn.Module] = nn.ReLU
-    shared_gradient_scale: float = 1.0
-
-    def hidden(self, obs: PyTorchObs) -> th.Tensor:
-        """
-        :param obs: Batch of observations
-        :return: What the heads see, (batch, hidden_dim)
-        """
-        features = self.extract_features(obs)
-        return features if self.trunk is None else self.activation_fn()(self.trunk(features))
 
     def __call__(self, obs: PyTorchObs) -> list[th.Tensor]:
         """
         :param obs: Batch of observations
         :return: The outputs of the heads, (batch, output_dim) each
         """
-        hidden = self.hidden(obs)
-        return [head(hidden) for head in self.heads]
+        hidden = self.extract_features(obs)
+        if self.trunk is not None:
+            hidden = self.trunk(hidden)
+            is_constant = self.activation_fn in ACTIVATIONS and not hidden.requires_grad
+            hidden = ACTIVATIONS[self.activation_fn].in_place(hidden) if is_constant else self.activation_fn()(hidden)
+        return [head(inputs) for head, inputs in zip(self.heads, self.inputs_of(hidden), strict=True)]
+
+    def inputs_of(self, hidden: th.Tensor) -> Sequence[th.Tensor]:
+        """
+        :param hidden: What comes out of the trunk, or the features if there is none, (batch, hidden_dim)
+        :return: What each head sees, (batch, input_dim)
+        """
+        if self.trunk is None:
+            return [hidden] * len(self.heads)
+        return hidden.split([head.weights_and_biases()[0].shape[1] for head in self.heads], dim=1)
 
     def evaluate(self, flat: FlatParameters, obs: PyTorchObs, next_obs: PyTorchObs | None = None) -> Evaluation:
         """
@@ -98,10 +103,8 @@ class GraphEvaluation:
 
     def __init__(self, heads: Heads, flat: FlatParameters, obs: PyTorchObs, next_obs: PyTorchObs | None) -> None:
         self._flat = flat
-        hidden = heads.hidden(obs)
-        if heads.shared_gradient_scale != 1.0 and hidden.requires_grad:
-            hidden.register_hook(lambda gradient: heads.shared_gradient_scale * gradient)
-        self._graph: list[th.Tensor] = [head(hidden) for head in heads.heads]
+        with th.enable_grad():
+            self._graph: list[th.Tensor] = heads(obs)
         self.outputs = [output.detach() for output in self._graph]
         with th.no_grad():
             self.next_outputs = [output[:0] for output in self.outputs] if next_obs is None else heads(next_obs)
@@ -132,7 +135,8 @@ class PerceptronEvaluation:
     ) -> None:
         self._heads, self._flat, self._feature_parameters = heads, flat, feature_parameters
         if feature_parameters:
-            self._features = heads.extract_features(obs)
+            with th.enable_grad():
+                self._features = heads.extract_features(obs)
             hidden = self._features.detach()
             if next_obs is not None:
                 with th.no_grad():
@@ -145,7 +149,7 @@ class PerceptronEvaluation:
             trunk = heads.trunk.activations(hidden)
             hidden = ACTIVATIONS[heads.activation_fn].in_place(trunk[-1])
             self._trunk = [activation[:batch_size] for activation in trunk]
-        both = [head.activations(hidden) for head in heads.heads]
+        both = [head.activations(inputs) for head, inputs in zip(heads.heads, heads.inputs_of(hidden), strict=True)]
         self.next_outputs = [activations[-1][batch_size:] for activations in both]
         self._activations = [[activation[:batch_size] for activation in activations] for activations in both]
         self.outputs = [activations[-1] for activations in self._activations]
@@ -161,11 +165,10 @@ class PerceptronEvaluation:
                 head.gradients(activations, gradient, out=head_out)
             return
         hidden_gradients = [head.backward(activations, gradient, head_out) for head, activations, gradient, head_out in parts]
-        gradient = sum(hidden_gradients[1:], start=hidden_gradients[0])
-        if heads.shared_gradient_scale != 1.0:
-            gradient = gradient * heads.shared_gradient_scale
-        if heads.trunk is not None:
-            gradient = ACTIVATIONS[heads.activation_fn].derivative(gradient, self._trunk[-1])
+        if heads.trunk is None:
+            gradient = sum(hidden_gradients[1:], start=hidden_gradients[0])
+        else:
+            gradient = ACTIVATIONS[heads.activation_fn].derivative(th.cat(hidden_gradients, dim=1), self._trunk[-1])
             if not features_out:
                 heads.trunk.gradients(self._trunk, gradient, out=trunk_out)
                 return

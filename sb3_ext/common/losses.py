@@ -6,7 +6,6 @@ import torch as th
 from torch.nn import functional as F
 
 
-@th.no_grad()
 def huber_loss(q_values: th.Tensor, actions: th.Tensor, target_q_values: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
     """
     Huber loss of the values of the actions taken: quadratic up to an error of 1, linear beyond (Mnih et al. 2015, "Human-level

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -83,7 +84,7 @@ class MLP(nn.Sequential):
         :param inputs: (batch, input_dim)
         :return: The inputs and the output of each layer, after its activation function; without a graph for autograd
         """
-        with th.no_grad():
+        with _no_grad():
             return _activations(inputs, self.weights_and_biases(), self.activation_fn)
 
     def gradients(
@@ -121,12 +122,12 @@ class MLP(nn.Sequential):
         """
         return cast(th.Tensor, self._all_gradients(activations, grad_output, out, of_inputs=True)[0])
 
-    @th.no_grad()
     def _all_gradients(
         self, activations: Sequence[th.Tensor], grad_output: th.Tensor, out: Sequence[th.Tensor] | None, of_inputs: bool
     ) -> list[th.Tensor | None]:
         wanted = [of_inputs] + [True] * len(self._weights_and_biases)
-        return _gradients(activations[:-1], self._weights, grad_output, self.activation_fn, wanted, out)
+        with _no_grad():
+            return _gradients(activations[:-1], self._weights, grad_output, self.activation_fn, wanted, out)
 
     def tangent(self, activations: Sequence[th.Tensor], tangents: Sequence[th.Tensor]) -> th.Tensor:
         """
@@ -140,7 +141,7 @@ class MLP(nn.Sequential):
         if len(activations[0]) > _GRADIENT_BLOCK_ROWS:
             return th.cat([self.tangent(block, tangents) for block in _blocks(_GRADIENT_BLOCK_ROWS, *activations)])
         derivative = ACTIVATIONS[self.activation_fn].derivative
-        with th.no_grad():
+        with _no_grad():
             tangent = _multiply(activations[0], tangents[0], tangents[1])
             for layer, weight in enumerate(self._weights[1:], start=1):
                 tangent = derivative(tangent, activations[layer])
@@ -218,6 +219,11 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
         lambda array: np.tanh(array, out=array),
     ),
 }
+
+
+def _no_grad() -> AbstractContextManager[None]:
+    # Entering one that changes nothing would cost as much as a small product
+    return th.no_grad() if th.is_grad_enabled() else nullcontext()
 
 
 def _multiply(

@@ -262,6 +262,7 @@ class BCQ(OfflineAlgorithm):
 
     # ---- Discrete actions (Fujimoto et al. 2019b, Algorithm 1) ----
 
+    @th.no_grad()
     def _discrete_update(self, replay_data: Samples) -> None:
         policy = cast(DiscreteBCQPolicy, self.policy)
         actions = replay_data.actions - int(self.action_space.start)  # type: ignore[attr-defined]
@@ -277,7 +278,6 @@ class BCQ(OfflineAlgorithm):
             policy.flat_target.polyak_update(policy.flat, self.tau)
         self._record_losses(q_loss=q_loss, imitation_loss=imitation_loss)
 
-    @th.no_grad()
     def _discrete_target(self, replay_data: Samples, q_values: th.Tensor, logits: th.Tensor) -> th.Tensor:
         """
         The online network chooses among the likely actions, the target network values the choice, (batch, 1).
@@ -290,7 +290,6 @@ class BCQ(OfflineAlgorithm):
         next_q_values = policy.q_net_target(replay_data.next_observations).gather(1, next_actions)
         return replay_data.rewards + self.gamma * (1.0 - replay_data.dones) * next_q_values
 
-    @th.no_grad()
     def _imitation_loss(self, logits: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         Negative log-likelihood of the data's actions plus a penalty that keeps the logits small, and the gradient for

@@ -159,6 +159,7 @@ class DDQN(DQN):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/loss", loss)
 
+    @th.no_grad()
     def _update(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """:return: the loss before the update, a scalar"""
         policy, q_net = self.policy, self.policy.q_net
@@ -167,10 +168,9 @@ class DDQN(DQN):
         actions = replay_data.actions.long() - int(self.action_space.start)
         loss, gradient = huber_loss(q_net.combine(*online.outputs), actions, target_q_values)
         online.backward(*q_net.split_gradient(gradient))
-        policy.flat.step(policy.optimizer, self.max_grad_norm)
+        policy.step(self.max_grad_norm)
         return loss
 
-    @th.no_grad()
     def _target(self, replay_data: ReplayBufferSamples, online_next_q_values: th.Tensor) -> th.Tensor:
         """
         ``dones`` is set by termination only: a truncated episode goes on in the target.

@@ -70,6 +70,14 @@ class DDQNPolicy(FlatParametersMixin, DQNPolicy):
         self.flat = FlatParameters(self.q_net)
         self.optimizer = self.flat.make_optimizer(self.optimizer_class, lr_schedule(1), self.optimizer_kwargs)
 
+    def step(self, max_grad_norm: float) -> None:
+        """
+        One step of the optimizer along the gradient that is there.
+
+        :param max_grad_norm: Largest Euclidean norm of the gradient
+        """
+        self.flat.step(self.optimizer, max_grad_norm)
+
     def make_q_net(self) -> DDQNQNetwork:
         # A features extractor of its own for each network
         return DDQNQNetwork(**self._update_features_extractor(self.net_args, features_extractor=None)).to(self.device)

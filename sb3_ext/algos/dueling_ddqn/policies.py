@@ -14,7 +14,8 @@ from torch import nn
 from sb3_ext.algos.ddqn.policies import DDQNPolicy, DDQNQNetwork
 from sb3_ext.common.conv_features import ConvFeatures
 from sb3_ext.common.evaluation import Heads
-from sb3_ext.common.mlp import MLP, mlp
+from sb3_ext.common.flat_parameters import FlatParameters
+from sb3_ext.common.mlp import mlp
 
 
 class DuelingQNetwork(DDQNQNetwork):
@@ -25,38 +26,33 @@ class DuelingQNetwork(DDQNQNetwork):
     :param action_space: Action space
     :param features_extractor: Module to extract features
     :param features_dim: Number of features
-    :param net_arch: Hidden layers; the last one is in each stream, those before it are shared
+    :param net_arch: Hidden layers; the units of the last one are divided between the two streams
     :param activation_fn: Activation function
     :param normalize_images: Whether to divide images by 255
-    :param shared_gradient_scale: The gradient that the streams send back is multiplied by it before it reaches what they share
     """
 
-    def __init__(
-        self,
-        *args: Any,
-        net_arch: list[int],
-        activation_fn: type[nn.Module] = nn.ReLU,
-        shared_gradient_scale: float = 1.0,
-        **kwargs: Any,
-    ) -> None:
+    def __init__(self, *args: Any, net_arch: list[int], activation_fn: type[nn.Module] = nn.ReLU, **kwargs: Any) -> None:
         super().__init__(*args, net_arch=[], activation_fn=activation_fn, **kwargs)
         # SB3's single stream
         del self.q_net
         self.net_arch = net_arch
-        self.shared_gradient_scale = shared_gradient_scale
         *shared, last = net_arch
-        self.trunk: MLP | None = None
-        hidden_dim = self.features_dim
-        if shared:
-            self.trunk = mlp(self.features_dim, shared[-1], shared[:-1], activation_fn)
-            hidden_dim = shared[-1]
-        self.value_net = mlp(hidden_dim, 1, [last], activation_fn)
-        self.advantage_net = mlp(hidden_dim, int(self.action_space.n), [last], activation_fn)
+        # The hidden layers of both streams are one product, at the end of the trunk
+        self.trunk = mlp(self.features_dim, last, shared, activation_fn)
+        self.value_net = mlp(last - last // 2, 1, [], activation_fn)
+        self.advantage_net = mlp(last // 2, int(self.action_space.n), [], activation_fn)
 
     @property
     def heads(self) -> Heads:
         streams = [self.value_net, self.advantage_net]
-        return Heads(self.extract_features_of, streams, self.trunk, self.activation_fn, self.shared_gradient_scale)
+        return Heads(self.extract_features_of, streams, self.trunk, self.activation_fn)
+
+    def shared_parameters(self) -> list[nn.Parameter]:
+        """
+        :return: Those in front of the two streams, in the order of ``parameters``
+        """
+        # The last weight and bias of the trunk belong to the streams
+        return [*self.features_extractor.parameters(), *list(self.trunk.parameters())[:-2]]
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         return self.combine(*self.heads(obs))
@@ -68,9 +64,6 @@ class DuelingQNetwork(DDQNQNetwork):
     def split_gradient(self, gradient: th.Tensor) -> tuple[th.Tensor, ...]:
         return gradient.sum(dim=1, keepdim=True), gradient - gradient.mean(dim=1, keepdim=True)
 
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {**super()._get_constructor_parameters(), "shared_gradient_scale": self.shared_gradient_scale}
-
 
 class DuelingDDQNPolicy(DDQNPolicy):
     """
@@ -79,10 +72,14 @@ class DuelingDDQNPolicy(DDQNPolicy):
     :param observation_space: Observation space
     :param action_space: Action space
     :param lr_schedule: Learning rate schedule
-    :param net_arch: Hidden layers; the last one is in each stream, those before it are shared (None: 64-64 for vectors, 512
-        behind the convolutions for images)
+    :param net_arch: Hidden layers; the units of the last one are divided between the two streams, those before it are shared
+        (None: 64-64 for vectors, 1024 behind the convolutions for images)
     :param rescale_shared_gradient: Whether to multiply the gradient that the streams send back by ``1/sqrt(2)``, as the paper
+    :raises ValueError: if the streams have no units
     """
+
+    q_net: DuelingQNetwork
+    q_net_target: DuelingQNetwork
 
     def __init__(
         self,
@@ -96,15 +93,27 @@ class DuelingDDQNPolicy(DDQNPolicy):
         self.rescale_shared_gradient = rescale_shared_gradient
         if net_arch is None:
             is_convolution = issubclass(kwargs.get("features_extractor_class", FlattenExtractor), NatureCNN)
-            net_arch = [512] if is_convolution else [64, 64]
-        if not net_arch:
-            raise ValueError("net_arch must have at least one layer, that of the two streams, but got [].")
+            net_arch = [1024] if is_convolution else [64, 64]
+        if not net_arch or net_arch[-1] < 2:
+            raise ValueError(f"net_arch must end with a layer of at least 2 units, one for each stream, but got {net_arch}.")
         super().__init__(observation_space, action_space, lr_schedule, net_arch, **kwargs)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        super()._build(lr_schedule)
+        shared = self.q_net.shared_parameters()
+        # With the shared parameters first, their gradients are one block
+        self.flat = FlatParameters(*shared, self.q_net)
+        self.n_shared = sum(parameter.numel() for parameter in shared)
+        self.optimizer = self.flat.make_optimizer(self.optimizer_class, lr_schedule(1), self.optimizer_kwargs)
 
     def make_q_net(self) -> DuelingQNetwork:
         net_args = self._update_features_extractor(self.net_args, features_extractor=None)
-        scale = 1.0 / math.sqrt(2.0) if self.rescale_shared_gradient else 1.0
-        return DuelingQNetwork(**net_args, shared_gradient_scale=scale).to(self.device)
+        return DuelingQNetwork(**net_args).to(self.device)
+
+    def step(self, max_grad_norm: float) -> None:
+        if self.rescale_shared_gradient and self.flat.tensor.grad is not None:
+            self.flat.tensor.grad[: self.n_shared].mul_(1.0 / math.sqrt(2.0))
+        super().step(max_grad_norm)
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {**super()._get_constructor_parameters(), "rescale_shared_gradient": self.rescale_shared_gradient}

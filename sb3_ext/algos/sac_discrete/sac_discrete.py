@@ -180,6 +180,7 @@ class SACDiscrete(OffPolicyAlgorithm):
                 )
             self.logger.record(f"train/{name}", mean)
 
+    @th.no_grad()
     def _update(self, replay_data: ReplayBufferSamples) -> dict[str, th.Tensor]:
         """:return: what to log, scalars from before the update"""
         policy = self.policy
@@ -196,8 +197,7 @@ class SACDiscrete(OffPolicyAlgorithm):
         critic.backward(*critic_gradients)
         policy.flat_critic.step(policy.critic_optimizer)
 
-        with th.no_grad():
-            q_values = self._min_q_values(policy.critic(obs))
+        q_values = self._min_q_values(policy.critic(obs))
         actor_loss, actor_gradient = self._actor_loss(log_probs, q_values, ent_coef)
         actor.backward(actor_gradient)
         policy.flat_actor.step(policy.actor_optimizer)
@@ -214,7 +214,6 @@ class SACDiscrete(OffPolicyAlgorithm):
             polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
         return {**losses, "ent_coef": ent_coef.squeeze(), "entropy": entropy, "q_value": q_values.mean()}
 
-    @th.no_grad()
     def _target(self, replay_data: ReplayBufferSamples, next_log_probs: th.Tensor, ent_coef: th.Tensor) -> th.Tensor:
         """
         ``dones`` is set by termination only: a truncated episode goes on in the target.
@@ -242,7 +241,6 @@ class SACDiscrete(OffPolicyAlgorithm):
         return smallest
 
     @staticmethod
-    @th.no_grad()
     def _critic_loss(
         q_values: list[th.Tensor], actions: th.Tensor, target_q_values: th.Tensor
     ) -> tuple[th.Tensor, list[th.Tensor]]:
@@ -261,7 +259,6 @@ class SACDiscrete(OffPolicyAlgorithm):
         return loss, gradients
 
     @staticmethod
-    @th.no_grad()
     def _actor_loss(log_probs: th.Tensor, q_values: th.Tensor, ent_coef: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         :param log_probs: Of all actions, (batch, n_actions)
@@ -274,7 +271,6 @@ class SACDiscrete(OffPolicyAlgorithm):
         return expected_costs.mean(), probs * (costs - expected_costs) / len(log_probs)
 
     @staticmethod
-    @th.no_grad()
     def _entropy(log_probs: th.Tensor) -> th.Tensor:
         """
         :param log_probs: Of all actions, (batch, n_actions)
@@ -282,7 +278,6 @@ class SACDiscrete(OffPolicyAlgorithm):
         """
         return -(log_probs.exp() * log_probs).sum(dim=1).mean()
 
-    @th.no_grad()
     def _ent_coef_loss(self, log_ent_coef: th.Tensor, entropy: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         :param log_ent_coef: Logarithm of the entropy coefficient, (1,)

@@ -31,6 +31,7 @@ class Case:
     :param ours: Constructor arguments of our class
     :param n_transitions: Size of the buffer
     :param learning_rate: Of every optimizer
+    :param off_policy: Whether the algorithm is an online one, whose buffer is filled for it
     """
 
     name: str
@@ -44,6 +45,7 @@ class Case:
     ours: dict[str, Any] = field(default_factory=dict)
     n_transitions: int = 20_000
     learning_rate: float = 1e-3
+    off_policy: bool = False
 
     @property
     def image(self) -> bool:
@@ -58,7 +60,8 @@ class Case:
         :return: What a worker is built from, fit for JSON
         """
         keys = ("algo", "observation_shape", "n_actions", "discrete", "batch_size", "ours", "learning_rate", "image")
-        return {**{key: getattr(self, key) for key in keys}, "threads": threads, "seed": seed, **more}
+        spec = {**{key: getattr(self, key) for key in keys}, "threads": threads, "seed": seed, **more}
+        return {**spec, "off_policy": True} if self.off_policy else spec
 
 
 @dataclass(frozen=True)
@@ -188,17 +191,47 @@ def bcq_continuous(case: Case) -> list[Product]:
 
 def bcq_discrete(case: Case) -> list[Product]:
     """Fujimoto et al. 2019b, Algorithm 1: two heads, on shared convolutions for images; the target has no imitation head."""
-    n = case.batch_size
-    convolutions: list[Product] = []
-    gradients: list[Product] = []
-    head: tuple[int, ...] = (case.observation_shape[0], 256, 256, case.n_actions)
-    if case.image:
-        channels, size, _ = case.observation_shape
-        convolutions = [(n, channels, size, 32, 8, 4), (n, 32, 20, 64, 4, 2), (n, 64, 9, 64, 3, 1)]
-        # Gradients of weights and, but for the first, of inputs: each as many operations as the convolution itself
-        gradients, head = convolutions + convolutions[1:], (3136, 512, case.n_actions)
+    n, head = case.batch_size, _head(case)
+    convolutions, gradients = _convolutions(case)
     online, target = convolutions + 2 * forward(n, *head), convolutions + forward(n, *head)
     return 2 * online + target + gradients + 2 * backward(n, *head, inputs=case.image)
+
+
+def _head(case: Case) -> tuple[int, ...]:
+    """:return: the widths of a network with one output for each action, behind the convolutions for images"""
+    return (3136, 512, case.n_actions) if case.image else (case.observation_shape[0], 256, 256, case.n_actions)
+
+
+def _convolutions(case: Case) -> tuple[list[Product], list[Product]]:
+    """:return: those of the Nature CNN, and those of its gradient; none on vectors"""
+    if not case.image:
+        return [], []
+    n, (channels, size, _) = case.batch_size, case.observation_shape
+    forwards: list[Product] = [(n, channels, size, 32, 8, 4), (n, 32, 20, 64, 4, 2), (n, 64, 9, 64, 3, 1)]
+    # Gradients of weights and, but for the first, of inputs: each as many operations as the convolution itself
+    return forwards, forwards + forwards[1:]
+
+
+def dueling_ddqn(case: Case) -> list[Product]:
+    """Wang et al. 2016: the online network in both states, the target network in the next one; streams share a layer."""
+    n, (*inner, n_actions) = case.batch_size, _head(case)
+    convolutions, gradients = _convolutions(case)
+    # On images, each stream has the 512 units of the network without streams
+    width = 2 * inner[-1] if case.image else inner[-1]
+    trunk, streams = (*inner[:-1], width), [(width // 2, 1), (width // 2, n_actions)]
+    network = convolutions + forward(n, *trunk) + [product for stream in streams for product in forward(n, *stream)]
+    backwards = [product for stream in streams for product in backward(n, *stream, inputs=True)]
+    return 3 * network + gradients + backward(n, *trunk, inputs=case.image) + backwards
+
+
+def sac_discrete(case: Case) -> list[Product]:
+    """
+    Christodoulou 2019: the actor in both states, the target critics in the next one, the critics before and after their step.
+    """
+    n, head = case.batch_size, _head(case)
+    convolutions, gradients = _convolutions(case)
+    actor, critics = convolutions + forward(n, *head), convolutions + 2 * forward(n, *head)
+    return 2 * actor + 3 * critics + 2 * gradients + 3 * backward(n, *head, inputs=case.image)
 
 
 # The paper's settings for Atari, as in hyperparams/bcq.yml
@@ -212,6 +245,19 @@ CASES = [
     Case(
         "bcq-pixels-b32", "bcq", (4, 84, 84), 6, True, 32, bcq_discrete,
         ours=_ATARI, n_transitions=2_000, learning_rate=6.25e-5,
+    ),
+    Case("dueling-ddqn-b64", "dueling_ddqn", (4,), 2, True, 64, dueling_ddqn, ("sb3", "tianshou"), off_policy=True),
+    Case(
+        "dueling-ddqn-pixels-b32", "dueling_ddqn", (4, 84, 84), 6, True, 32, dueling_ddqn, ("sb3",),
+        n_transitions=2_000, learning_rate=1e-4, off_policy=True,
+    ),
+    Case(
+        "sac-discrete-b256", "sac_discrete", (8,), 4, True, 256, sac_discrete, ("tianshou", "d3rlpy", "torchrl"),
+        learning_rate=3e-4, off_policy=True,
+    ),
+    Case(
+        "sac-discrete-pixels-b64", "sac_discrete", (4, 84, 84), 6, True, 64, sac_discrete, ("tianshou", "d3rlpy"),
+        n_transitions=2_000, learning_rate=3e-4, off_policy=True,
     ),
 ]  # fmt: skip
 

@@ -24,7 +24,10 @@ PACKAGES = (
 PRIVATE_OPTIONS = ("--dir", "--jobs")
 
 #: Algorithms that are compared with each other share a page; any other has one of its own
-PAGES = dict.fromkeys(("reinforce", "vpg", "npg", "trpo_fast", "trpo"), "policy_gradient")
+PAGES = {
+    **dict.fromkeys(("reinforce", "vpg", "npg", "trpo_fast", "trpo"), "policy_gradient"),
+    **dict.fromkeys(("ddqn", "dueling_ddqn", "sac_discrete", "dqn", "qrdqn"), "q_learning"),
+}
 
 Row = dict[str, Any]
 

@@ -73,7 +73,7 @@ def measure(case: cases.Case, folder: Path, threads: int, seconds: float, rounds
     :return: The row of results
     """
     products = case.products(case)
-    names = ["ours", *(peer for peer in case.contenders if peer in peers), "arithmetic"]
+    names = ["ours", *(name for name in case.contenders if name in peers or name not in PEERS), "arithmetic"]
     with tempfile.TemporaryDirectory() as scratch, ExitStack() as stack:
         data = Path(scratch, "data.npz")
         cases.synthetic(case, data)

@@ -7,7 +7,8 @@ implementation, so this file needs no more than numpy and what the contender imp
 - ``update(n)``: n gradient updates, each on a fresh batch,
 - ``predict(observations)``: actions, one for each observation, Box actions in [-1, 1].
 
-The contenders of on-policy learning are in :mod:`benchmarks.on_policy`.
+The contenders of on-policy learning are in :mod:`benchmarks.on_policy`, those of off-policy learning in
+:mod:`benchmarks.off_policy`.
 """
 
 import functools
@@ -85,15 +86,20 @@ def spaces_env(spec: dict[str, Any]) -> Any:
     return Spaces()
 
 
-def replay_buffer(data: dict[str, np.ndarray], observation_space: Any, action_space: Any) -> Any:
+def replay_buffer(
+    data: dict[str, np.ndarray], observation_space: Any, action_space: Any, buffer_class: type | None = None
+) -> Any:
     """
     :param data: See :func:`load`, with Box actions in [-1, 1], as SB3's buffers keep them
-    :return: SB3's ReplayBuffer, full
+    :param observation_space: Of the buffer
+    :param action_space: Of the buffer
+    :param buffer_class: SB3's ReplayBuffer, if not given, or a subclass
+    :return: A full buffer
     """
     from stable_baselines3.common.buffers import ReplayBuffer
 
     n = len(data["rewards"])
-    buffer = ReplayBuffer(n, observation_space, action_space, device="cpu")
+    buffer: Any = (buffer_class or ReplayBuffer)(n, observation_space, action_space, device="cpu")
     buffer.observations[:, 0], buffer.next_observations[:, 0] = data["observations"], data["next_observations"]
     buffer.actions[:, 0] = data["actions"].reshape(n, -1)
     buffer.rewards[:, 0], buffer.timeouts[:, 0] = data["rewards"], data["timeouts"]
@@ -302,6 +308,15 @@ CONTENDERS = {
     "offline-dqn": "benchmarks.controls.OfflineDQN",
     "offline-ddpg": "benchmarks.controls.OfflineDDPG",
 }
+# Those of a case of off-policy learning
+OFF_POLICY_CONTENDERS = {
+    "ours": "benchmarks.off_policy.StableBaselines",
+    "sb3": "benchmarks.off_policy.DQN",
+    "d3rlpy": "benchmarks.off_policy.D3rlpy",
+    "tianshou": "benchmarks.off_policy.Tianshou",
+    "torchrl": "benchmarks.off_policy.TorchRL",
+    "arithmetic": "benchmarks.workers.Arithmetic",
+}
 # Those of a spec that says what is measured, see benchmarks.cases.OnPolicyCase
 ON_POLICY_CONTENDERS = {
     "ours": "benchmarks.on_policy.StableBaselines",
@@ -309,6 +324,16 @@ ON_POLICY_CONTENDERS = {
     "sb3-contrib": "benchmarks.on_policy.StableBaselines",
     "tianshou": "benchmarks.on_policy.Tianshou",
 }
+
+
+def contenders_for(spec: dict[str, Any]) -> dict[str, str]:
+    """
+    :param spec: What a worker is built from
+    :return: The classes that can be, by name
+    """
+    if "measured" in spec:
+        return ON_POLICY_CONTENDERS
+    return OFF_POLICY_CONTENDERS if spec.get("off_policy") else CONTENDERS
 
 
 def peak_memory() -> int:
@@ -322,7 +347,7 @@ def serve(name: str) -> None:
     Answer each line of standard input by one line: ``build`` (with ``spec``), ``update`` and ``act`` (with ``n``; the
     seconds, and the amount of work done), ``predict`` (with ``observations``), ``peak`` (bytes).
 
-    :param name: A key of ``CONTENDERS`` or ``ON_POLICY_CONTENDERS``
+    :param name: A key of ``contenders_for`` the spec
     """
     # Libraries print; what they print must not be taken for an answer
     answers = os.fdopen(os.dup(1), "w")
@@ -334,8 +359,7 @@ def serve(name: str) -> None:
         verb = request["verb"]
         answer: dict[str, Any] = {}
         if verb == "build":
-            contenders = ON_POLICY_CONTENDERS if "measured" in request["spec"] else CONTENDERS
-            contender = pkgutil.resolve_name(contenders[name])(request["spec"])
+            contender = pkgutil.resolve_name(contenders_for(request["spec"])[name])(request["spec"])
             versions = {package: importlib.metadata.version(package) for package in contender.packages}
             answer["versions"] = {"python": platform.python_version(), **versions}
             if "act_batch" in request["spec"]:

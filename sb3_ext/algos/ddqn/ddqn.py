@@ -13,6 +13,7 @@ from stable_baselines3.dqn import DQN
 from sb3_ext.algos.ddqn.policies import CnnPolicy, DDQNPolicy, DDQNQNetwork, MlpPolicy, MultiInputPolicy
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.losses import huber_loss
+from sb3_ext.common.replay_buffer import default_replay_buffer_class
 
 SelfDDQN = TypeVar("SelfDDQN", bound="DDQN")
 
@@ -132,6 +133,11 @@ class DDQN(DQN):
         self._check_numbers()
         if _init_setup_model:
             self._setup_model()
+
+    def _setup_model(self) -> None:
+        if self.replay_buffer_class is None:
+            self.replay_buffer_class = default_replay_buffer_class(self.observation_space, self.n_steps)
+        super()._setup_model()
 
     def _check_numbers(self) -> None:
         check_range(self, 0, 1, "tau", "gamma", "exploration_initial_eps", "exploration_final_eps")

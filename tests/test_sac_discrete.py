@@ -42,8 +42,10 @@ def random_log_probs(n=5, n_actions=3):
 
 def test_target_by_hand():
     model = cartpole(gamma=0.9)
-    # The smaller of the two values of each action
-    model.policy.critic_target.forward = lambda obs: [th.tensor([[5.0, 2.0]] * 2), th.tensor([[1.0, 4.0]] * 2)]
+    # The smaller of the two values of each action counts
+    for network, q_values in zip(model.policy.critic_target.networks, ([5.0, 2.0], [1.0, 4.0]), strict=True):
+        network[-1].weight.data.zero_()
+        network[-1].bias.data.copy_(th.tensor(q_values))
     data = batch(2)._replace(rewards=th.tensor([[3.0], [4.0]]), dones=th.tensor([[0.0], [1.0]]))
     probs = th.tensor([[0.25, 0.75], [0.5, 0.5]])
     value = 0.25 * (1.0 - 0.2 * math.log(0.25)) + 0.75 * (2.0 - 0.2 * math.log(0.75))
@@ -287,7 +289,7 @@ def test_vectors_and_images_take_the_fast_path():
     obs = th.randn(2, 4)
     env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=True)
     image_model = SACDiscrete("CnnPolicy", env, buffer_size=10, seed=0, device="cpu")
-    images = th.randint(0, 256, (2, 1, 40, 40), dtype=th.uint8)
+    images = image_model.policy.critic.preprocess(th.randint(0, 256, (2, 1, 40, 40), dtype=th.uint8))
     for policy, inputs in ((model.policy, obs), (image_model.policy, images)):
         for network, flat in ((policy.actor, policy.flat_actor), (policy.critic, policy.flat_critic)):
             assert isinstance(network.heads.evaluate(flat, inputs), PerceptronEvaluation)

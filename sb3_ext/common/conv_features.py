@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, TypeVar, cast
 
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.policies import BaseModel
+from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
+
+# Named tuples with the fields of SB3's ReplayBufferSamples
+Batch = TypeVar("Batch", bound=Any)
 
 
 class ConvFeatures(NatureCNN):
@@ -50,13 +54,30 @@ class MinAtarFeatures(BaseFeaturesExtractor):
         return self.cnn(observations.permute(0, 3, 1, 2))
 
 
-class ChannelsLastMixin(BaseModel):
+class PreprocessingMixin(BaseModel):
     """
-    For networks with a Nature CNN: lays images out channels-last, which is faster on CPU, while they are bytes and not yet
-    floats of four times the size.
+    Networks whose observations can be preprocessed once for all of them. With a Nature CNN, images are laid out channels-last,
+    which is faster on CPU, while they are bytes and not yet floats of four times the size.
     """
 
-    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
-        if isinstance(features_extractor, NatureCNN) and isinstance(obs, th.Tensor):
+    features_extractor: BaseFeaturesExtractor
+
+    def preprocess(self, obs: PyTorchObs) -> PyTorchObs:
+        """
+        :param obs: Batch of observations
+        :return: What the features extractor takes
+        """
+        if isinstance(self.features_extractor, NatureCNN) and isinstance(obs, th.Tensor):
             obs = obs.contiguous(memory_format=th.channels_last)
-        return super().extract_features(obs, features_extractor)
+        return preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
+
+    def preprocess_batch(self, replay_data: Batch) -> Batch:
+        """
+        :param replay_data: A batch of transitions
+        :return: The same with preprocessed observations
+        """
+        observations = self.preprocess(replay_data.observations), self.preprocess(replay_data.next_observations)
+        return replay_data._replace(observations=observations[0], next_observations=observations[1])
+
+    def extract_features(self, obs: PyTorchObs, features_extractor: BaseFeaturesExtractor) -> th.Tensor:
+        return features_extractor(self.preprocess(obs))

@@ -22,7 +22,7 @@ class Heads:
     Networks that share what lies in front of them: observations -> features -> each head. With a trunk behind the features,
     which ends in an activation function, each head sees its own part of the trunk's outputs.
 
-    :param extract_features: From a batch of observations to the features, (batch, features_dim)
+    :param extract_features: From a batch of preprocessed observations to the features, (batch, features_dim)
     :param heads: The networks at the end
     :param trunk: Without its last activation function; it has as many outputs as the heads have inputs together (None: there
         is none, and each head sees all features)
@@ -36,7 +36,7 @@ class Heads:
 
     def __call__(self, obs: PyTorchObs) -> list[th.Tensor]:
         """
-        :param obs: Batch of observations
+        :param obs: Batch of preprocessed observations
         :return: The outputs of the heads, (batch, output_dim) each
         """
         hidden = self.extract_features(obs)
@@ -58,7 +58,7 @@ class Heads:
     def evaluate(self, flat: FlatParameters, obs: PyTorchObs, next_obs: PyTorchObs | None = None) -> Evaluation:
         """
         :param flat: The parameters of features, trunk and heads, in this order
-        :param obs: Batch of observations
+        :param obs: Batch of preprocessed observations
         :param next_obs: The observations after them (None: they are not needed)
         :return: The outputs for both. Valid until the parameters change.
         """
@@ -97,7 +97,7 @@ class GraphEvaluation:
 
     :param heads: Any
     :param flat: Their parameters
-    :param obs: Batch of observations
+    :param obs: Batch of preprocessed observations
     :param next_obs: The observations after them
     """
 
@@ -121,7 +121,7 @@ class PerceptronEvaluation:
     :param heads: Plain perceptrons
     :param flat: The parameters of the features, then those of trunk and heads
     :param feature_parameters: The former
-    :param obs: Batch of observations
+    :param obs: Batch of preprocessed observations
     :param next_obs: The observations after them
     """
 

@@ -265,6 +265,7 @@ class BCQ(OfflineAlgorithm):
     @th.no_grad()
     def _discrete_update(self, replay_data: Samples) -> None:
         policy = cast(DiscreteBCQPolicy, self.policy)
+        replay_data = policy.q_net.preprocess_batch(replay_data)
         actions = replay_data.actions - int(self.action_space.start)  # type: ignore[attr-defined]
         online = policy.heads.evaluate(policy.flat, replay_data.observations, replay_data.next_observations)
         q_values, logits = online.outputs
@@ -282,12 +283,12 @@ class BCQ(OfflineAlgorithm):
         """
         The online network chooses among the likely actions, the target network values the choice, (batch, 1).
 
-        ``q_values`` and ``logits``, (batch, n_actions), are the online network's for the next observations. ``dones`` is set
-        by termination only: a truncated episode goes on in the target.
+        ``q_values`` and ``logits``, (batch, n_actions), are the online network's for the next observations, which are
+        preprocessed. ``dones`` is set by termination only: a truncated episode goes on in the target.
         """
         policy = cast(DiscreteBCQPolicy, self.policy)
         next_actions = policy.constrained_argmax(q_values, logits)
-        next_q_values = policy.q_net_target(replay_data.next_observations).gather(1, next_actions)
+        next_q_values = policy.q_net_target.q_values(replay_data.next_observations).gather(1, next_actions)
         return replay_data.rewards + self.gamma * (1.0 - replay_data.dones) * next_q_values
 
     def _imitation_loss(self, logits: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:

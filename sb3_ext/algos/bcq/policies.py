@@ -17,13 +17,13 @@ from stable_baselines3.common.torch_layers import (
     NatureCNN,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
-from stable_baselines3.dqn.policies import QNetwork
 from torch import nn
 
-from sb3_ext.common.conv_features import ChannelsLastMixin, ConvFeatures
+from sb3_ext.common.conv_features import ConvFeatures
 from sb3_ext.common.evaluation import Heads
 from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
 from sb3_ext.common.mlp import MLP, mlp
+from sb3_ext.common.q_network import QNetwork
 
 # Bounds of the log standard deviation in the authors' code
 LOG_STD_MIN, LOG_STD_MAX = -4.0, 15.0
@@ -318,10 +318,6 @@ class ContinuousBCQPolicy(BCQPolicy):
         }
 
 
-class BCQQNetwork(ChannelsLastMixin, QNetwork):
-    """SB3's Q-network."""
-
-
 class DiscreteBCQPolicy(BCQPolicy):
     """
     Policy of BCQ for ``Discrete`` actions (Fujimoto et al. 2019b).
@@ -356,8 +352,7 @@ class DiscreteBCQPolicy(BCQPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         net_kwargs = self._update_features_extractor(self._net_kwargs())
-        self.q_net = BCQQNetwork(net_arch=self.net_arch, **net_kwargs)
-        self.q_net.q_net = MLP(*self.q_net.q_net.children())
+        self.q_net = QNetwork(net_arch=self.net_arch, **net_kwargs)
         self.imitation_net = mlp(net_kwargs["features_dim"], int(self.action_space.n), self.net_arch, self.activation_fn)
         self.q_net_target = deepcopy(self.q_net)
         self.q_net_target.requires_grad_(False)
@@ -369,17 +364,14 @@ class DiscreteBCQPolicy(BCQPolicy):
     @property
     def heads(self) -> Heads:
         """Values and imitation logits on features that they share."""
-        return Heads(self._features, [cast(MLP, self.q_net.q_net), self.imitation_net])
-
-    def _features(self, obs: PyTorchObs) -> th.Tensor:
-        return self.q_net.extract_features(obs, self.q_net.features_extractor)
+        return Heads(self.q_net.features_extractor, [cast(MLP, self.q_net.q_net), self.imitation_net])
 
     def forward(self, obs: PyTorchObs) -> tuple[th.Tensor, th.Tensor]:
         """
         :param obs: Batch of observations
         :return: Values and imitation logits, (batch, n_actions) each
         """
-        q_values, logits = self.heads(obs)
+        q_values, logits = self.heads(self.q_net.preprocess(obs))
         return q_values, logits
 
     def constrained_argmax(self, q_values: th.Tensor, logits: th.Tensor) -> th.Tensor:

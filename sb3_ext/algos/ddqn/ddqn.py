@@ -10,9 +10,10 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 from stable_baselines3.dqn import DQN
 
-from sb3_ext.algos.ddqn.policies import CnnPolicy, DDQNPolicy, DDQNQNetwork, MlpPolicy, MultiInputPolicy
+from sb3_ext.algos.ddqn.policies import CnnPolicy, DDQNPolicy, MlpPolicy, MultiInputPolicy
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.losses import huber_loss
+from sb3_ext.common.q_network import QNetwork
 from sb3_ext.common.replay_buffer import default_replay_buffer_class
 
 SelfDDQN = TypeVar("SelfDDQN", bound="DDQN")
@@ -63,8 +64,8 @@ class DDQN(DQN):
     }
     policy: DDQNPolicy
     action_space: spaces.Discrete
-    q_net: DDQNQNetwork
-    q_net_target: DDQNQNetwork
+    q_net: QNetwork
+    q_net_target: QNetwork
 
     def __init__(
         self,
@@ -169,6 +170,7 @@ class DDQN(DQN):
     def _update(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """:return: the loss before the update, a scalar"""
         policy, q_net = self.policy, self.policy.q_net
+        replay_data = q_net.preprocess_batch(replay_data)
         online = q_net.heads.evaluate(policy.flat, replay_data.observations, replay_data.next_observations)
         target_q_values = self._target(replay_data, q_net.combine(*online.next_outputs))
         actions = replay_data.actions.long() - int(self.action_space.start)
@@ -181,11 +183,11 @@ class DDQN(DQN):
         """
         ``dones`` is set by termination only: a truncated episode goes on in the target.
 
-        :param replay_data: A batch
+        :param replay_data: A batch with preprocessed observations
         :param online_next_q_values: The online network's values in the next states, (batch, n_actions)
         :return: ``r + discount * Q_target(s', argmax_a Q(s', a))``, (batch, 1)
         """
-        next_q_values = self.q_net_target(replay_data.next_observations)
+        next_q_values = self.q_net_target.q_values(replay_data.next_observations)
         chooser = online_next_q_values if self.double_q else next_q_values
         next_q_values = next_q_values.gather(1, chooser.argmax(dim=1, keepdim=True))
         # For n-step returns gamma**n_steps, less where the episode ends before

@@ -8,17 +8,18 @@ from typing import Any
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
-from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from stable_baselines3.common.type_aliases import Schedule
 from torch import nn
 
-from sb3_ext.algos.ddqn.policies import DDQNPolicy, DDQNQNetwork
+from sb3_ext.algos.ddqn.policies import DDQNPolicy
 from sb3_ext.common.conv_features import ConvFeatures
 from sb3_ext.common.evaluation import Heads
 from sb3_ext.common.flat_parameters import FlatParameters
 from sb3_ext.common.mlp import mlp
+from sb3_ext.common.q_network import QNetwork
 
 
-class DuelingQNetwork(DDQNQNetwork):
+class DuelingQNetwork(QNetwork):
     """
     ``Q(s, a) = V(s) + A(s, a) - mean_a' A(s, a')`` (Wang et al. 2016, equation 9).
 
@@ -45,7 +46,7 @@ class DuelingQNetwork(DDQNQNetwork):
     @property
     def heads(self) -> Heads:
         streams = [self.value_net, self.advantage_net]
-        return Heads(self.extract_features_of, streams, self.trunk, self.activation_fn)
+        return Heads(self.features_extractor, streams, self.trunk, self.activation_fn)
 
     def shared_parameters(self) -> list[nn.Parameter]:
         """
@@ -53,9 +54,6 @@ class DuelingQNetwork(DDQNQNetwork):
         """
         # The last weight and bias of the trunk belong to the streams
         return [*self.features_extractor.parameters(), *list(self.trunk.parameters())[:-2]]
-
-    def forward(self, obs: PyTorchObs) -> th.Tensor:
-        return self.combine(*self.heads(obs))
 
     def combine(self, *outputs: th.Tensor) -> th.Tensor:
         values, advantages = outputs

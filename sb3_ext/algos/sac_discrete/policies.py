@@ -18,13 +18,13 @@ from stable_baselines3.common.torch_layers import (
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
-from sb3_ext.common.conv_features import ChannelsLastMixin, ConvFeatures
+from sb3_ext.common.conv_features import ConvFeatures, PreprocessingMixin
 from sb3_ext.common.evaluation import Heads
 from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
 from sb3_ext.common.mlp import MLP, mlp
 
 
-class HeadsModel(ChannelsLastMixin, BaseModel):
+class HeadsModel(PreprocessingMixin, BaseModel):
     """
     Perceptrons on the same features, each with one output for each action.
 
@@ -36,7 +36,6 @@ class HeadsModel(ChannelsLastMixin, BaseModel):
     """
 
     action_space: spaces.Discrete
-    features_extractor: BaseFeaturesExtractor
 
     def __init__(
         self, n_heads: int, net_arch: list[int], features_dim: int, activation_fn: type[nn.Module], **kwargs: Any
@@ -48,8 +47,7 @@ class HeadsModel(ChannelsLastMixin, BaseModel):
     @property
     def heads(self) -> Heads:
         """The networks whose outputs ``forward`` returns."""
-        networks = cast("list[MLP]", list(self.networks))
-        return Heads(lambda obs: self.extract_features(obs, self.features_extractor), networks)
+        return Heads(self.features_extractor, cast("list[MLP]", list(self.networks)))
 
 
 class Actor(HeadsModel):
@@ -67,7 +65,7 @@ class Actor(HeadsModel):
         :param obs: Batch of observations
         :return: Logits, (batch, n_actions)
         """
-        (logits,) = self.heads(obs)
+        (logits,) = self.heads(self.preprocess(obs))
         return logits
 
 
@@ -83,7 +81,7 @@ class Critic(HeadsModel):
         :param obs: Batch of observations
         :return: Values of each network, (batch, n_actions)
         """
-        return self.heads(obs)
+        return self.heads(self.preprocess(obs))
 
 
 class SACDiscretePolicy(FlatParametersMixin, BasePolicy):

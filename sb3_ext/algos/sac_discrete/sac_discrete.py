@@ -187,11 +187,13 @@ class SACDiscrete(OffPolicyAlgorithm):
     def _update(self, replay_data: ReplayBufferSamples) -> dict[str, th.Tensor]:
         """:return: what to log, scalars from before the update"""
         policy = self.policy
-        obs, next_obs = replay_data.observations, replay_data.next_observations
+        # Actor and critics have features extractors of the same kind
+        replay_data = policy.critic.preprocess_batch(replay_data)
+        obs = replay_data.observations
         actions = replay_data.actions.long() - int(self.action_space.start)
         ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.detach().exp()
 
-        actor = policy.actor.heads.evaluate(policy.flat_actor, obs, next_obs)
+        actor = policy.actor.heads.evaluate(policy.flat_actor, obs, replay_data.next_observations)
         log_probs, next_log_probs = (logits.log_softmax(dim=1) for (logits,) in (actor.outputs, actor.next_outputs))
 
         critic = policy.critic.heads.evaluate(policy.flat_critic, obs)
@@ -200,7 +202,7 @@ class SACDiscrete(OffPolicyAlgorithm):
         critic.backward(*critic_gradients)
         policy.flat_critic.step(policy.critic_optimizer)
 
-        q_values = self._min_q_values(policy.critic(obs))
+        q_values = self._min_q_values(policy.critic.heads(obs))
         actor_loss, actor_gradient = self._actor_loss(log_probs, q_values, ent_coef)
         actor.backward(actor_gradient)
         policy.flat_actor.step(policy.actor_optimizer)
@@ -221,12 +223,12 @@ class SACDiscrete(OffPolicyAlgorithm):
         """
         ``dones`` is set by termination only: a truncated episode goes on in the target.
 
-        :param replay_data: A batch
+        :param replay_data: A batch with preprocessed observations
         :param next_log_probs: Of all actions in the next states, (batch, n_actions)
         :param ent_coef: Entropy coefficient
         :return: ``r + discount * sum_a pi(a|s') (min_i Q_target,i(s', a) - ent_coef log pi(a|s'))``, (batch, 1)
         """
-        next_q_values = self._min_q_values(self.policy.critic_target(replay_data.next_observations))
+        next_q_values = self._min_q_values(self.policy.critic_target.heads(replay_data.next_observations))
         soft_values = next_log_probs.exp() * (next_q_values - ent_coef * next_log_probs)
         # For n-step returns gamma**n_steps, less where the episode ends before
         discounts = self.gamma if replay_data.discounts is None else replay_data.discounts

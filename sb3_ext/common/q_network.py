@@ -1,0 +1,64 @@
+"""SB3's Q-network, for updates without automatic differentiation."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch as th
+from stable_baselines3.common.type_aliases import PyTorchObs
+from stable_baselines3.dqn import policies as dqn
+
+from sb3_ext.common.conv_features import PreprocessingMixin
+from sb3_ext.common.evaluation import Heads
+from sb3_ext.common.mlp import MLP
+
+
+class QNetwork(PreprocessingMixin, dqn.QNetwork):
+    """
+    SB3's Q-network, whose outputs can be differentiated without automatic differentiation.
+
+    :param args: As of SB3's ``QNetwork``
+    :param kwargs: As of SB3's ``QNetwork``
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.q_net = MLP(*self.q_net.children())
+
+    @property
+    def heads(self) -> Heads:
+        """The networks whose outputs ``combine`` takes."""
+        return Heads(self.features_extractor, [cast(MLP, self.q_net)])
+
+    def forward(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: Batch of observations
+        :return: Values of all actions, (batch, n_actions)
+        """
+        return self.q_values(self.preprocess(obs))
+
+    def q_values(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: Batch of preprocessed observations
+        :return: Values of all actions, (batch, n_actions)
+        """
+        return self.combine(*self.heads(obs))
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        # SB3's counts the actions from 0
+        return super()._predict(observation, deterministic) + int(self.action_space.start)
+
+    def combine(self, *outputs: th.Tensor) -> th.Tensor:
+        """
+        :param outputs: Of ``heads``, (batch, ...)
+        :return: Values of all actions, (batch, n_actions)
+        """
+        (q_values,) = outputs
+        return q_values
+
+    def split_gradient(self, gradient: th.Tensor) -> tuple[th.Tensor, ...]:
+        """
+        :param gradient: Of a loss with respect to the values, (batch, n_actions)
+        :return: Its gradient with respect to each of the outputs
+        """
+        return (gradient,)

@@ -144,7 +144,10 @@ class FlatParameters:
         if max_grad_norm is not None:
             # As torch's clip_grad_norm_, which spends its time on looking for gradients
             gradient = self._gradient()
-            gradient.mul_((max_grad_norm / (th.linalg.vector_norm(gradient) + 1e-6)).clamp_(max=1.0))
+            scale = max_grad_norm / (th.linalg.vector_norm(gradient) + 1e-6)
+            # On CPU, a look at the number costs less than a pass over the gradient
+            if not gradient.is_cpu or scale < 1.0:
+                gradient.mul_(scale.clamp_(max=1.0))
         optimizer.step()
 
     def polyak_update(self, online: FlatParameters, tau: float) -> None:

@@ -84,7 +84,7 @@ class Contender:
 @dataclass(frozen=True)
 class OnPolicyCase:
     """
-    One configuration in which on-policy learning is timed.
+    One configuration in which on-policy learning is timed, or any learning end to end (``learn``).
 
     :param name: In the results
     :param measured: ``collect``, ``learn`` or ``train``, see :mod:`benchmarks.on_policy`
@@ -282,6 +282,11 @@ def _cartpole(name: str, ours: Contender) -> OnPolicyCase:
     return OnPolicyCase(f"learn-cartpole-{name}", "learn", contenders, "CartPole-v1", 8)
 
 
+def _cartpole_dqn(algo: str) -> OnPolicyCase:
+    contenders = {"ours": Contender(algo, like_zoo=True), "sb3": Contender("dqn", like_zoo=True)}
+    return OnPolicyCase(f"learn-cartpole-{algo.replace('_', '-')}", "learn", contenders, "CartPole-v1")
+
+
 def _train(name: str, contenders: dict[str, Contender]) -> list[OnPolicyCase]:
     return [OnPolicyCase(f"train-{name}-{n}", "train", contenders, n_transitions=n) for n in (2_048, 25_000)]
 
@@ -293,6 +298,8 @@ ON_POLICY_CASES = [
     _cartpole("vpg-4000", Contender("vpg", {"n_steps": 500}, like_zoo=True)),
     _cartpole("vpg", Contender("vpg", like_zoo=True)),
     _cartpole("npg", Contender("npg", like_zoo=True)),
+    _cartpole_dqn("ddqn"),
+    _cartpole_dqn("dueling_ddqn"),
     OnPolicyCase("learn-halfcheetah-trpo", "learn", _BOTH_TRPO, "HalfCheetah-v5"),
     *_train("trpo", _BOTH_TRPO),
     *_train("npg-full", {"ours": Contender("npg", _FULL), "tianshou": Contender("NPG", _TIANSHOU_FULL)}),

@@ -50,6 +50,9 @@ class StableBaselines:
         if isinstance(settings.get("learning_rate"), str):
             # "lin_0.005" in a yml. Its first value: the measurement has no end that a schedule could lead to.
             settings["learning_rate"] = float(settings["learning_rate"].removeprefix("lin_"))
+        if isinstance(settings.get("policy_kwargs"), str):
+            # Python in a yml, as in the zoo
+            settings["policy_kwargs"] = eval(settings["policy_kwargs"])
         if spec["measured"] == "train":
             env, settings["n_steps"] = spaces_env(spec), spec["n_transitions"]
         else:

@@ -16,7 +16,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 
 from benchmarks import cases, data, results
 from benchmarks.on_policy import StableBaselines
-from benchmarks.peers import DEFAULT_FOLDER, RemoteAgent, Worker
+from benchmarks.peers import DEFAULT_FOLDER, PEERS, RemoteAgent, Worker
 from benchmarks.report import interquartile_mean, normalized, write
 from benchmarks.returns import (
     EVALUATION_SEED,
@@ -270,6 +270,36 @@ def test_tianshou_learns_on_policy(tmp_path: Path, name: str):
     with Worker("tianshou", DEFAULT_FOLDER) as worker:
         worker.ask("build", spec={**case.spec("tianshou"), "data": str(path)})
         assert worker.ask("update", n=3)["done"] >= 3
+
+
+OFF_POLICY_CASES = [case for case in cases.CASES if case.off_policy and not case.image]
+
+
+@pytest.mark.parametrize("case", OFF_POLICY_CASES, ids=lambda case: case.name)
+def test_off_policy_contenders_update_and_act(tmp_path: Path, case: cases.Case):
+    path = tmp_path / "data.npz"
+    cases.synthetic(case, path, 300)
+    spec = json.loads(json.dumps(case.spec(data=str(path))))
+    for name in ("ours", *case.contenders):
+        if name in PEERS and not (DEFAULT_FOLDER / name).exists():
+            continue
+        with Worker(name, DEFAULT_FOLDER) as worker:
+            worker.ask("build", spec=spec)
+            observations = np.random.default_rng(0).standard_normal((200, *case.observation_shape)).tolist()
+            before = worker.ask("predict", observations=observations)["actions"]
+            worker.ask("update", n=200)
+            after = worker.ask("predict", observations=observations)["actions"]
+        assert before != after, name
+        assert set(after) <= set(range(case.n_actions))
+
+
+def test_settings_of_dqn_are_compared_with_the_same_numbers_of_updates():
+    for name in ("learn-cartpole-ddqn", "learn-cartpole-dueling-ddqn"):
+        case = cases.by_name(name)
+        assert isinstance(case, cases.OnPolicyCase)
+        ours, sb3 = (case.spec(who)["settings"] for who in ("ours", "sb3"))
+        for key in ("train_freq", "gradient_steps", "batch_size", "learning_starts", "policy_kwargs"):
+            assert ours[key] == sb3[key], key
 
 
 class InRollouts:

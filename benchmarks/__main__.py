@@ -49,6 +49,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--transitions", type=int, default=1_000_000)
     verb.add_argument("--updates", type=int, default=50)
 
+    verb = verbs.add_parser("frames", help="memory and time of the replay buffer that stores every frame once")
+    verb.add_argument("--transitions", type=int, default=200_000, help="whose memory is measured")
+    verb.add_argument("--sampled-from", type=int, default=20_000, help="transitions in the buffers that are sampled from")
+    verb.add_argument("--rounds", type=int, default=7)
+    verb.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
+
     verb = verbs.add_parser("report", help="tables and figures out of the results, into docs/results")
     verb.add_argument("--out", type=Path, default=results.PROJECT / "docs" / "results")
 
@@ -112,6 +118,14 @@ def memory(args: argparse.Namespace) -> None:
     case = next(case for case in cases.CASES if case.name == args.case)
     row = measure(case, args.transitions, args.updates)
     results.append(results.path_of(results.page_of(case.algo)), row)
+    print(summary(row))
+
+
+def frames(args: argparse.Namespace) -> None:
+    from benchmarks.frames import measure, summary
+
+    row = measure(args.transitions, args.sampled_from, args.rounds, args.seconds)
+    results.append(results.path_of("q_learning"), row)
     print(summary(row))
 
 

@@ -257,6 +257,33 @@ def memory_section(rows: list[Row]) -> str:
     )
 
 
+def frames_section(rows: list[Row]) -> str:
+    """:return: table of the latest measurement of the replay buffer that stores every frame once"""
+    row = rows[-1]
+    rates, adds = row["batches_per_s"], row["adds_per_s"]
+    ours, sb3 = (statistics.median(rates[name]) for name in ("ours", "sb3"))
+    lines = [
+        [f"arrays for {row['transitions']:,} transitions", f"{row['array_bytes'] / 1e9:.2f} GB", ""],
+        ["growth of the process while they were filled", f"{row['resident_bytes'] / 1e9:.2f} GB", ""],
+        [
+            "arrays for 1,000,000 transitions",
+            f"{row['array_bytes_of_a_million'] / 1e9:.2f} GB",
+            f"{row['sb3_bytes_of_a_million'] / 1e9:.2f} GB",
+        ],
+        ["batches of 32 per second", f"{ours:.0f} ({paired_ratio(rates['ours'], rates['sb3']):.2f})", f"{sb3:.0f}"],
+        ["transitions added per second", f"{adds['ours']:.0f} ({adds['ours'] / adds['sb3']:.2f})", f"{adds['sb3']:.0f}"],
+    ]
+    return "\n\n".join(
+        [
+            "### Replay memory for stacked frames",
+            "4 x 84 x 84 bytes, episodes of 500 steps; batches and additions are measured on "
+            f"{row['sampled_from']:,} transitions, in turns, with the ratio in brackets.",
+            table(["", "FrameReplayBuffer", "SB3's ReplayBuffer"], lines),
+            provenance([row], "command"),
+        ]
+    )
+
+
 def write(path: Path, folder: Path) -> Path:
     """
     :param path: File of results
@@ -273,6 +300,7 @@ def write(path: Path, folder: Path) -> Path:
         "speed": speed_section,
         "on-policy speed": on_policy_section,
         "memory": memory_section,
+        "frames": frames_section,
     }
     sections += [make(rows[(kind,)]) for kind, make in makers.items() if (kind,) in rows]
     page = folder / f"{path.stem}.md"

@@ -14,10 +14,10 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from benchmarks import cases, data, results
+from benchmarks import cases, data, frames, results
 from benchmarks.on_policy import StableBaselines
 from benchmarks.peers import DEFAULT_FOLDER, PEERS, RemoteAgent, Worker
-from benchmarks.report import interquartile_mean, normalized, write
+from benchmarks.report import frames_section, interquartile_mean, normalized, write
 from benchmarks.returns import (
     EVALUATION_SEED,
     N_EVALUATION_ENVS,
@@ -300,6 +300,15 @@ def test_settings_of_dqn_are_compared_with_the_same_numbers_of_updates():
         ours, sb3 = (case.spec(who)["settings"] for who in ("ours", "sb3"))
         for key in ("train_freq", "gradient_steps", "batch_size", "learning_starts", "policy_kwargs"):
             assert ours[key] == sb3[key], key
+
+
+def test_frame_memory_is_measured():
+    row = frames.measure(600, 50, 2, 0.01)
+    assert row["array_bytes"] == pytest.approx(1.05 * 600 * 84 * 84, rel=0.05)
+    # Frames that are written become resident
+    assert 0.5 < row["resident_bytes"] / row["array_bytes"] < 2
+    assert row["array_bytes_of_a_million"] < 7.5e9 < 56e9 < row["sb3_bytes_of_a_million"]
+    assert "7.44 GB" in frames_section([{**row, "command": "c"}])
 
 
 class InRollouts:

@@ -27,6 +27,11 @@ class DDQNPolicy(FlatParametersMixin, DQNPolicy):
         self.flat = FlatParameters(self.q_net)
         self.optimizer = self.flat.make_optimizer(self.optimizer_class, lr_schedule(1), self.optimizer_kwargs)
 
+    def set_training_mode(self, mode: bool) -> None:
+        # Acting sets it at every step, and setting it visits every module
+        if self.training != mode or self.q_net.training != mode:
+            super().set_training_mode(mode)
+
     def step(self, max_grad_norm: float) -> None:
         """
         One step of the optimizer along the gradient that is there.

@@ -170,9 +170,11 @@ class SACDiscretePolicy(FlatParametersMixin, BasePolicy):
         return actions + int(self.action_space.start)
 
     def set_training_mode(self, mode: bool) -> None:
-        self.actor.set_training_mode(mode)
-        self.critic.set_training_mode(mode)
-        self.training = mode
+        # Acting sets it at every step, and setting it visits every module
+        if self.training != mode or self.actor.training != mode or self.critic.training != mode:
+            self.actor.set_training_mode(mode)
+            self.critic.set_training_mode(mode)
+            self.training = mode
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {

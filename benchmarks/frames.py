@@ -98,9 +98,10 @@ def measure(n: int, n_sampling: int, rounds: int, seconds: float) -> Row:
 def summary(row: Row) -> str:
     """:return: one line about a row of ``measure``"""
     rates, adds = row["batches_per_s"], row["adds_per_s"]
+    gb = {key: value / 1e9 for key, value in row.items() if "bytes" in key}
     return (
-        f"{row['transitions']} transitions: {row['resident_bytes'] / 1e9:.2f} GB resident, {row['array_bytes'] / 1e9:.2f} GB of "
-        f"arrays; a million: {row['array_bytes_of_a_million'] / 1e9:.2f} GB, SB3 {row['sb3_bytes_of_a_million'] / 1e9:.1f} GB; "
+        f"{row['transitions']} transitions: {gb['resident_bytes']:.2f} GB resident, {gb['array_bytes']:.2f} GB of arrays; "
+        f"a million: {gb['array_bytes_of_a_million']:.2f} GB, SB3 {gb['sb3_bytes_of_a_million']:.1f} GB; "
         f"sampling {statistics.median(rates['ours']):.0f} batches/s, {paired_ratio(rates['ours'], rates['sb3']):.2f} x SB3; "
         f"adding {adds['ours'] / adds['sb3']:.2f} x SB3"
     )

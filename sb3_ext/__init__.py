@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from sb3_ext.algos.ddqn import DDQN
     from sb3_ext.algos.dueling_ddqn import DuelingDDQN
     from sb3_ext.algos.npg import NPG
+    from sb3_ext.algos.option_critic import OptionCritic
     from sb3_ext.algos.reinforce import REINFORCE
     from sb3_ext.algos.sac_discrete import SACDiscrete
     from sb3_ext.algos.trpo import TRPO
@@ -31,6 +32,7 @@ __all__ = [
     "FrameReplayBuffer",
     "MinAtarFeatures",
     "OfflineAlgorithm",
+    "OptionCritic",
     "SACDiscrete",
     "__version__",
 ]
@@ -40,6 +42,7 @@ _MODULES = {
     "DDQN": "sb3_ext.algos.ddqn",
     "DuelingDDQN": "sb3_ext.algos.dueling_ddqn",
     "NPG": "sb3_ext.algos.npg",
+    "OptionCritic": "sb3_ext.algos.option_critic",
     "REINFORCE": "sb3_ext.algos.reinforce",
     "SACDiscrete": "sb3_ext.algos.sac_discrete",
     "TRPO": "sb3_ext.algos.trpo",

@@ -18,7 +18,7 @@ from stable_baselines3.common.envs import FakeImageEnv, IdentityEnv, IdentityEnv
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ext import BCQ, DDQN, NPG, REINFORCE, TRPO, VPG, DuelingDDQN, SACDiscrete
+from sb3_ext import BCQ, DDQN, NPG, REINFORCE, TRPO, VPG, DuelingDDQN, OptionCritic, SACDiscrete
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 
 
@@ -161,6 +161,16 @@ DDQN_KEYS = frozenset({"train/loss", "rollout/exploration_rate"})
 SMALL_SAC = {"buffer_size": 60, "learning_starts": 3, "batch_size": 8, "policy_kwargs": {"net_arch": [16]}}
 SAC_KEYS = frozenset({f"train/{key}" for key in ("actor_loss", "critic_loss", "ent_coef_loss", "ent_coef", "entropy")})
 
+SMALL_OPTION_CRITIC = {
+    "buffer_size": 60,
+    "learning_starts": 3,
+    "batch_size": 8,
+    "train_freq": 2,
+    "target_update_interval": 4,
+    "policy_kwargs": {"net_arch": [16]},
+}
+OPTION_CRITIC_KEYS = frozenset({"train/actor_loss", "train/critic_loss", "train/termination_loss", "options/usage_entropy"})
+
 CASES: list[AlgoCase] = [
     AlgoCase(BCQ, spaces.Box, SMALL_BCQ_BOX, BCQ_BOX_KEYS),
     AlgoCase(BCQ, spaces.Discrete, SMALL_BCQ_DISCRETE, BCQ_DISCRETE_KEYS),
@@ -174,6 +184,8 @@ CASES: list[AlgoCase] = [
     AlgoCase(TRPO, spaces.Discrete, SMALL_TRPO, TRPO_KEYS),
     AlgoCase(DDQN, spaces.Discrete, SMALL_DDQN, DDQN_KEYS),
     AlgoCase(DuelingDDQN, spaces.Discrete, SMALL_DDQN, DDQN_KEYS),
+    AlgoCase(OptionCritic, spaces.Box, SMALL_OPTION_CRITIC, OPTION_CRITIC_KEYS),
+    AlgoCase(OptionCritic, spaces.Discrete, SMALL_OPTION_CRITIC, OPTION_CRITIC_KEYS),
     AlgoCase(SACDiscrete, spaces.Discrete, SMALL_SAC, SAC_KEYS),
 ]
 

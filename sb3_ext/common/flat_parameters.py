@@ -68,15 +68,21 @@ class FlatParameters:
         for param, view in zip(self.params, self.unflatten(self.tensor.data), strict=True):
             param.data = view
 
-    def backward(self, outputs: th.Tensor | Sequence[th.Tensor], gradients: Sequence[th.Tensor] | None = None) -> None:
+    def backward(
+        self,
+        outputs: th.Tensor | Sequence[th.Tensor],
+        gradients: Sequence[th.Tensor] | None = None,
+        retain_graph: bool = False,
+    ) -> None:
         """
         Compute the gradient of a loss with respect to these parameters, and to no others.
 
         :param outputs: The loss, a scalar, or what it is computed from. A parameter that does not matter for them gets a
             gradient of zero.
         :param gradients: Of the loss with respect to each of ``outputs`` (None: they are the loss)
+        :param retain_graph: Whether the graph is needed again
         """
-        grads = th.autograd.grad(outputs, self.params, gradients, allow_unused=True, materialize_grads=True)
+        grads = th.autograd.grad(outputs, self.params, gradients, retain_graph, allow_unused=True, materialize_grads=True)
         th.cat([_in_memory_order(grad).reshape(-1) for grad in grads], out=self._gradient())
 
     def gradient_views(self) -> list[th.Tensor]:

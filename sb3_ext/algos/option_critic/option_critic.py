@@ -1,0 +1,454 @@
+from __future__ import annotations
+
+import warnings
+from copy import deepcopy
+from typing import Any, ClassVar, NamedTuple, TypeVar
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.policies import BasePolicy
+from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, RolloutReturn, Schedule
+from stable_baselines3.common.utils import (
+    FloatSchedule,
+    LinearSchedule,
+    get_parameters_by_name,
+    obs_as_tensor,
+    polyak_update,
+    update_learning_rate,
+)
+from torch.nn import functional as F
+
+from sb3_ext.algos.option_critic.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, OptionCriticPolicy, Step
+from sb3_ext.algos.option_critic.statistics import OptionStatistics
+from sb3_ext.common.arguments import check_range
+from sb3_ext.common.observations import map_observations
+from sb3_ext.common.replay_buffer import FastReplayBuffer
+
+SelfOptionCritic = TypeVar("SelfOptionCritic", bound="OptionCritic")
+
+
+class Transitions(NamedTuple):
+    """
+    Transitions as they were made.
+
+    :param observations: (batch, ...)
+    :param options: In force, counted from 0, (batch, 1)
+    :param actions: As the option's distribution gave them, (batch, ...)
+    :param rewards: (batch, 1)
+    :param next_observations: (batch, ...)
+    :param dones: 1 where the next state is terminal; a time limit is not terminal, (batch, 1)
+    """
+
+    observations: Any
+    options: th.Tensor
+    actions: th.Tensor
+    rewards: th.Tensor
+    next_observations: Any
+    dones: th.Tensor
+
+
+class OptionCritic(OffPolicyAlgorithm):
+    """
+    Option-Critic: learns the policies of options and when they end, together with their values.
+
+    Paper: Bacon, Harb, Precup 2017, "The Option-Critic Architecture" (https://arxiv.org/abs/1609.05140). The values of the
+    options are learned from replayed transitions with target networks; how options act and end is learned from the transitions
+    of the latest rollout. The documentation lists where we differ.
+
+    :param policy: The policy model to use (MlpPolicy, CnnPolicy, MultiInputPolicy)
+    :param env: The environment to learn from (if registered in Gym, can be str)
+    :param learning_rate: Learning rate of the values and the shared layers, > 0; it can be a function of the current progress
+        remaining (from 1 to 0)
+    :param buffer_size: Size of the replay buffer in transitions, >= 1
+    :param learning_starts: Steps of the environment before the first update, >= 0
+    :param batch_size: Transitions in one update of the values, >= 1
+    :param tau: Polyak coefficient of the target network, in [0, 1]; 1 copies
+    :param gamma: Discount factor, in [0, 1]
+    :param train_freq: Update after so many steps in each environment; or ``(5, "step")``, ``(2, "episode")``
+    :param gradient_steps: Updates of the values after each of these rollouts; -1: as many as steps were taken. With the last
+        one, the options' policies and terminations take a step on the rollout.
+    :param replay_buffer_class: Replay buffer class to use (None: chosen by the observation space). It holds options in the
+        place of actions.
+    :param replay_buffer_kwargs: Keyword arguments of the replay buffer
+    :param optimize_memory_usage: SB3's memory-efficient variant of the replay buffer
+    :param n_options: Number of options, >= 1
+    :param actor_learning_rate: Learning rate of the options' policies, or a schedule (None: ``learning_rate``)
+    :param termination_learning_rate: Learning rate of the terminations, or a schedule (None: ``learning_rate``)
+    :param termination_regularization: Deliberation cost: how much better another option must be for the present one to end,
+        >= 0. Larger values give longer options.
+    :param ent_coef: Weight of the entropy of the options' policies, >= 0
+    :param detach_heads: Whether the shared layers learn from the values only; otherwise policies and terminations train them,
+        too
+    :param target_update_interval: Update the target network every so many steps of the environment, >= 1
+    :param exploration_fraction: Fraction of the training over which the probability of a random option falls, in [0, 1]
+    :param exploration_initial_eps: Its first value, in [0, 1]
+    :param exploration_final_eps: Its last value, in [0, 1]
+    :param max_grad_norm: Largest Euclidean norm of each gradient (None: no limit)
+    :param stats_window_size: Window size for the rollout logging, in episodes
+    :param tensorboard_log: The log location for tensorboard (if None, no logging)
+    :param policy_kwargs: Additional arguments to be passed to the policy on creation
+    :param verbose: Verbosity level: 0 for no output, 1 for info messages, 2 for debug messages
+    :param seed: Seed for the pseudo random generators
+    :param device: Device on which the code should run (``auto``: a GPU if there is one)
+    :param _init_setup_model: Whether or not to build the network at the creation of the instance
+    :raises ValueError: if a space is not supported, a number is out of range, or training diverges
+    """
+
+    policy_aliases: ClassVar[dict[str, type[BasePolicy]]] = {
+        "MlpPolicy": MlpPolicy,
+        "CnnPolicy": CnnPolicy,
+        "MultiInputPolicy": MultiInputPolicy,
+    }
+    policy: OptionCriticPolicy
+
+    def __init__(
+        self,
+        policy: str | type[OptionCriticPolicy],
+        env: GymEnv | str,
+        learning_rate: float | Schedule = 7e-4,
+        buffer_size: int = 100_000,
+        learning_starts: int = 100,
+        batch_size: int = 32,
+        tau: float = 1.0,
+        gamma: float = 0.99,
+        train_freq: int | tuple[int, str] = 4,
+        gradient_steps: int = 1,
+        replay_buffer_class: type[ReplayBuffer] | None = None,
+        replay_buffer_kwargs: dict[str, Any] | None = None,
+        optimize_memory_usage: bool = False,
+        n_options: int = 4,
+        actor_learning_rate: float | Schedule | None = None,
+        termination_learning_rate: float | Schedule | None = None,
+        termination_regularization: float = 0.01,
+        ent_coef: float = 0.01,
+        detach_heads: bool = True,
+        target_update_interval: int = 200,
+        exploration_fraction: float = 0.1,
+        exploration_initial_eps: float = 1.0,
+        exploration_final_eps: float = 0.05,
+        max_grad_norm: float | None = 10,
+        stats_window_size: int = 100,
+        tensorboard_log: str | None = None,
+        policy_kwargs: dict[str, Any] | None = None,
+        verbose: int = 0,
+        seed: int | None = None,
+        device: th.device | str = "auto",
+        _init_setup_model: bool = True,
+    ) -> None:
+        super().__init__(
+            policy,
+            env,
+            learning_rate,
+            buffer_size,
+            learning_starts,
+            batch_size,
+            tau,
+            gamma,
+            train_freq,
+            gradient_steps,
+            replay_buffer_class=replay_buffer_class,
+            replay_buffer_kwargs=replay_buffer_kwargs,
+            optimize_memory_usage=optimize_memory_usage,
+            policy_kwargs=policy_kwargs,
+            stats_window_size=stats_window_size,
+            tensorboard_log=tensorboard_log,
+            verbose=verbose,
+            device=device,
+            support_multi_env=True,
+            seed=seed,
+            sde_support=False,
+        )
+        self.n_options = n_options
+        self.actor_learning_rate = actor_learning_rate
+        self.termination_learning_rate = termination_learning_rate
+        self.termination_regularization = termination_regularization
+        self.ent_coef = ent_coef
+        self.detach_heads = detach_heads
+        self.target_update_interval = target_update_interval
+        self.exploration_fraction = exploration_fraction
+        self.exploration_initial_eps = exploration_initial_eps
+        self.exploration_final_eps = exploration_final_eps
+        self.max_grad_norm = max_grad_norm
+        self.exploration_rate = exploration_initial_eps
+        self.policy_kwargs["n_options"] = n_options
+        self._n_calls = 0
+        self._rollout: list[Transitions] = []
+        if _init_setup_model:
+            self._setup_model()
+
+    def _check_arguments(self) -> None:
+        name = type(self).__name__
+        if not isinstance(self.action_space, (spaces.Box, spaces.Discrete)):
+            raise ValueError(f"{name} supports Box and Discrete action spaces, but got {self.action_space}.")
+        if isinstance(self.action_space, spaces.Box) and not self.action_space.is_bounded():
+            raise ValueError(f"{name} supports Box action spaces with finite bounds, but got {self.action_space}.")
+        check_range(self, 0, 1, "tau", "gamma", "exploration_fraction", "exploration_initial_eps", "exploration_final_eps")
+        check_range(self, 1, float("inf"), "buffer_size", "batch_size", "n_options", "target_update_interval")
+        check_range(self, 0, float("inf"), "termination_regularization", "ent_coef", "max_grad_norm")
+
+    def _setup_model(self) -> None:
+        self._check_arguments()
+        if self.replay_buffer_class is None:
+            is_dict = isinstance(self.observation_space, spaces.Dict)
+            self.replay_buffer_class = DictReplayBuffer if is_dict else FastReplayBuffer
+        if self.replay_buffer is None:
+            # All that learns from it are the values of the options
+            self.replay_buffer = self.replay_buffer_class(
+                self.buffer_size,
+                self.observation_space,
+                spaces.Discrete(self.n_options),
+                device=self.device,
+                n_envs=self.n_envs,
+                optimize_memory_usage=self.optimize_memory_usage,
+                **self.replay_buffer_kwargs,
+            )
+        super()._setup_model()
+        self.batch_norm_stats = get_parameters_by_name(self.policy.critic, ["running_"])
+        self.batch_norm_stats_target = get_parameters_by_name(self.policy.critic_target, ["running_"])
+        self.exploration_schedule = LinearSchedule(
+            self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
+        )
+        self._statistics = OptionStatistics(self.n_options, self.n_envs, self._stats_window_size)
+        self._options = np.zeros(self.n_envs, np.int64)
+
+    # ---- Acting ----
+
+    def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
+        self._rollout = []
+        self.policy.set_training_mode(False)
+        return super().collect_rollouts(*args, **kwargs)
+
+    def _sample_action(self, learning_starts: int, action_noise: Any = None, n_envs: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """:return: actions for the environments, and the options for the replay buffer, (n_envs, 1)"""
+        assert self._last_obs is not None and self._last_episode_starts is not None
+        is_start = np.asarray(self._last_episode_starts)
+        obs = obs_as_tensor(self._last_obs, self.device)
+        self._step: Step = self.policy.decide(obs, self._options, is_start, False, self.exploration_rate)
+        self._options = self._step.options
+        self._statistics.add(self._options, self._step.is_chosen, self._step.terminations, is_start)
+        actions = self.policy.to_env(self._step.actions).cpu().numpy()
+        if isinstance(self.action_space, spaces.Box):
+            actions = self.policy.unscale_action(actions.reshape(-1, *self.action_space.shape))
+        return actions, self._options.reshape(-1, 1)
+
+    def _store_transition(
+        self,
+        replay_buffer: ReplayBuffer,
+        buffer_action: np.ndarray,
+        new_obs: Any,
+        reward: np.ndarray,
+        dones: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        is_terminal = dones & ~np.array([info.get("TimeLimit.truncated", False) for info in infos])
+        self._rollout.append(
+            Transitions(
+                self._last_obs,
+                th.as_tensor(buffer_action),
+                self._step.actions,
+                th.as_tensor(reward, dtype=th.float32).unsqueeze(1),
+                _with_last_observations(new_obs, dones, infos),
+                th.as_tensor(is_terminal, dtype=th.float32).unsqueeze(1),
+            )
+        )
+        self._last_episode_starts = dones
+        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+
+    def _on_step(self) -> None:
+        self._n_calls += 1
+        # As SB3's DQN: steps are counted over all environments
+        if self._n_calls % max(self.target_update_interval // self.n_envs, 1) == 0:
+            polyak_update(self.policy.critic.parameters(), self.policy.critic_target.parameters(), self.tau)
+            polyak_update(self.batch_norm_stats, self.batch_norm_stats_target, 1.0)
+        self.exploration_rate = self.exploration_schedule(self._current_progress_remaining)
+        self.logger.record("rollout/exploration_rate", self.exploration_rate)
+
+    # ---- Learning ----
+
+    def train(self, gradient_steps: int, batch_size: int = 32) -> None:
+        """
+        Update the values on replayed transitions and, with the last update, policies and terminations on the rollout.
+
+        :param gradient_steps: Number of updates of the values
+        :param batch_size: Transitions in each of them
+        """
+        assert self.replay_buffer is not None
+        self.policy.set_training_mode(True)
+        self._update_learning_rates()
+        critic_losses = []
+        for _ in range(gradient_steps - 1):
+            critic_losses.append(self._critic_loss(self._sample(batch_size)))
+            self.policy.flat_critic.minimize(critic_losses[-1], self.policy.critic_optimizer, self.max_grad_norm)
+        critic_losses.append(self._critic_loss(self._sample(batch_size)))
+        losses = self._update_all(critic_losses[-1], self._latest_rollout())
+
+        self._n_updates += gradient_steps
+        self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        losses["critic_loss"] = th.stack([loss.detach() for loss in critic_losses]).mean()
+        for name, loss in losses.items():
+            value = loss.item()
+            if not np.isfinite(value):
+                raise ValueError(
+                    f"Training diverged: {name} is {value} after {self.num_timesteps} steps. Try a smaller learning rate."
+                )
+            self.logger.record(f"train/{name}", value)
+
+    def _update_learning_rates(self) -> None:
+        self._update_learning_rate(self.policy.critic_optimizer)
+        for name in ("actor", "termination"):
+            learning_rate = getattr(self, f"{name}_learning_rate")
+            schedule = self.lr_schedule if learning_rate is None else FloatSchedule(learning_rate)
+            update_learning_rate(getattr(self.policy, f"{name}_optimizer"), schedule(self._current_progress_remaining))
+
+    def _sample(self, batch_size: int) -> ReplayBufferSamples:
+        assert self.replay_buffer is not None
+        return self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
+
+    def _latest_rollout(self) -> Transitions:
+        """:return: all transitions of the rollout in one batch, on the device"""
+        columns = zip(*self._rollout, strict=True)
+        obs, options, actions, rewards, next_obs, dones = columns
+        return Transitions(
+            obs_as_tensor(map_observations(lambda *arrays: np.concatenate(arrays), *obs), self.device),
+            th.cat(options).to(self.device),
+            th.cat(actions),
+            th.cat(rewards).to(self.device),
+            obs_as_tensor(map_observations(lambda *arrays: np.concatenate(arrays), *next_obs), self.device),
+            th.cat(dones).to(self.device),
+        )
+
+    def _update_all(self, critic_loss: th.Tensor, rollout: Transitions) -> dict[str, th.Tensor]:
+        """:return: the losses of policies and terminations, and the policies' entropy"""
+        policy, is_shared = self.policy, not self.detach_heads
+        actor_loss, entropy = self._actor_loss(rollout)
+        termination_loss = self._termination_loss(rollout)
+        # All gradients before the first step, because all belong to the present parameters
+        policy.flat_actor.backward(actor_loss, retain_graph=is_shared)
+        policy.flat_termination.backward(termination_loss, retain_graph=is_shared)
+        policy.flat_critic.backward(critic_loss + actor_loss + termination_loss if is_shared else critic_loss)
+        policy.flat_actor.step(policy.actor_optimizer, self.max_grad_norm)
+        policy.flat_termination.step(policy.termination_optimizer, self.max_grad_norm)
+        policy.flat_critic.step(policy.critic_optimizer, self.max_grad_norm)
+        return {"actor_loss": actor_loss, "termination_loss": termination_loss, "entropy": entropy}
+
+    def _critic_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
+        """
+        :param replay_data: A batch with options in the place of actions
+        :return: Huber loss of the values of the options that were in force
+        """
+        values = self.policy.critic(replay_data.observations).gather(1, replay_data.actions)
+        target_values = self._target(
+            replay_data.actions, replay_data.rewards, replay_data.next_observations, replay_data.dones
+        )
+        return F.smooth_l1_loss(values, target_values)
+
+    @th.no_grad()
+    def _target(self, options: th.Tensor, rewards: th.Tensor, next_observations: Any, dones: th.Tensor) -> th.Tensor:
+        """
+        ``dones`` is set by termination only: a truncated episode goes on in the target.
+
+        :param options: In force, (batch, 1)
+        :param rewards: (batch, 1)
+        :param next_observations: (batch, ...)
+        :param dones: (batch, 1)
+        :return: ``r + gamma U(option, s')``, where U is the value of arriving in s' with the option: it goes on or ends there
+            (Bacon et al. 2017, equation 3), (batch, 1)
+        """
+        next_values = self.policy.critic_target(next_observations)
+        terminations = self.policy.terminations(self.policy.critic.hidden(next_observations)).gather(1, options)
+        if_it_goes_on, if_it_ends = next_values.gather(1, options), next_values.amax(dim=1, keepdim=True)
+        arrival_values = (1.0 - terminations) * if_it_goes_on + terminations * if_it_ends
+        return rewards + self.gamma * (1.0 - dones) * arrival_values
+
+    def _hidden(self, observations: Any) -> th.Tensor:
+        """:return: what policies and terminations see, without a way back to shared layers that they are not to train"""
+        if not self.detach_heads:
+            return self.policy.critic.hidden(observations)
+        with th.no_grad():
+            return self.policy.critic.hidden(observations)
+
+    def _actor_loss(self, rollout: Transitions) -> tuple[th.Tensor, th.Tensor]:
+        """
+        Intra-option policy gradient (Bacon et al. 2017, theorem 1) with the option's value as baseline. Actions are constants.
+
+        :param rollout: The latest transitions
+        :return: Loss, and mean entropy of the policies
+        """
+        hidden = self._hidden(rollout.observations)
+        with th.no_grad():
+            values = self.policy.critic.values(hidden).gather(1, rollout.options)
+            target_values = self._target(rollout.options, rollout.rewards, rollout.next_observations, rollout.dones)
+            advantages = (target_values - values).squeeze(1)
+        distribution = self.policy.distribution(hidden, rollout.options.squeeze(1))
+        entropies = distribution.entropy()
+        assert entropies is not None
+        entropy = entropies.mean()
+        loss = -(distribution.log_prob(rollout.actions) * advantages).mean() - self.ent_coef * entropy
+        return loss, entropy.detach()
+
+    def _termination_loss(self, rollout: Transitions) -> th.Tensor:
+        """
+        Termination gradient (Bacon et al. 2017, theorem 2): in the next state, for the option that was in force.
+
+        :param rollout: The latest transitions
+        :return: Mean of the termination probabilities, weighted by how much better the option is than the best one, plus the
+            deliberation cost; terminal states do not count
+        """
+        next_hidden = self._hidden(rollout.next_observations)
+        with th.no_grad():
+            next_values = self.policy.critic.values(next_hidden)
+            advantages = next_values.gather(1, rollout.options) - next_values.amax(dim=1, keepdim=True)
+        terminations = self.policy.terminations(next_hidden).gather(1, rollout.options)
+        return (terminations * (advantages + self.termination_regularization) * (1.0 - rollout.dones)).mean()
+
+    # ---- The rest of SB3's contract ----
+
+    def learn(
+        self: SelfOptionCritic,
+        total_timesteps: int,
+        callback: MaybeCallback = None,
+        log_interval: int = 4,
+        tb_log_name: str = "OptionCritic",
+        reset_num_timesteps: bool = True,
+        progress_bar: bool = False,
+    ) -> SelfOptionCritic:
+        return super().learn(
+            total_timesteps=total_timesteps,
+            callback=callback,
+            log_interval=log_interval,
+            tb_log_name=tb_log_name,
+            reset_num_timesteps=reset_num_timesteps,
+            progress_bar=progress_bar,
+        )
+
+    def dump_logs(self) -> None:
+        for name, value in self._statistics.summary().items():
+            self.logger.record(f"options/{name}", value)
+        collapse = self._statistics.collapse()
+        if collapse is not None and self.num_timesteps > self.learning_starts:
+            # Python shows the same warning once
+            warnings.warn(f"The options have collapsed: {collapse}.", stacklevel=2)
+        super().dump_logs()
+
+    def _excluded_save_params(self) -> list[str]:
+        own = ["batch_norm_stats", "batch_norm_stats_target", "_rollout", "_step", "_statistics", "_options"]
+        return [*super()._excluded_save_params(), *own]
+
+    def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
+        return ["policy", *(f"policy.{name}_optimizer" for name in ("critic", "actor", "termination"))], []
+
+
+def _with_last_observations(new_obs: Any, dones: np.ndarray, infos: list[dict[str, Any]]) -> Any:
+    """:return: a copy of the observations, in which those after the end of an episode are the last ones of that episode"""
+    next_obs = deepcopy(new_obs)
+    for index in np.flatnonzero(dones):
+        last = infos[index]["terminal_observation"]
+        if isinstance(next_obs, dict):
+            for key in next_obs:
+                next_obs[key][index] = last[key]
+        else:
+            next_obs[index] = last
+    return next_obs

@@ -1,0 +1,338 @@
+"""Networks of Option-Critic: values of the options, when each of them ends, and how each of them acts."""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution, Distribution
+from stable_baselines3.common.policies import BaseModel, BasePolicy
+from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.torch_layers import (
+    BaseFeaturesExtractor,
+    CombinedExtractor,
+    FlattenExtractor,
+    NatureCNN,
+)
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
+from torch import nn
+
+from sb3_ext.common.conv_features import PreprocessingMixin
+from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
+from sb3_ext.common.mlp import mlp
+
+
+class Step(NamedTuple):
+    """
+    What is decided in a batch of states.
+
+    :param options: The option in force, counted from 0, (batch,)
+    :param actions: As the option's distribution gave them: Discrete actions counted from 0, (batch,), or Box actions in units
+        of half the action range, which can leave [-1, 1], (batch, action_dim)
+    :param is_chosen: Whether the option was chosen in this state, (batch,)
+    :param terminations: Probability that the option in force before ends in this state, (batch,)
+    """
+
+    options: np.ndarray
+    actions: th.Tensor
+    is_chosen: np.ndarray
+    terminations: np.ndarray
+
+
+class OptionValues(PreprocessingMixin, BaseModel):
+    """
+    Features, shared layers, and the values of the options.
+
+    :param n_options: Number of options
+    :param net_arch: Shared layers
+    :param features_dim: Number of features
+    :param activation_fn: Activation function
+    :param head_bias: Whether the values have biases
+    :param kwargs: Arguments of ``BaseModel``: spaces, features extractor, whether images are normalized
+    """
+
+    def __init__(
+        self,
+        n_options: int,
+        net_arch: list[int],
+        features_dim: int,
+        activation_fn: type[nn.Module],
+        head_bias: bool,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        self.trunk: nn.Module = nn.Identity()
+        self.hidden_dim = net_arch[-1] if net_arch else features_dim
+        if net_arch:
+            self.trunk = nn.Sequential(mlp(features_dim, net_arch[-1], net_arch[:-1], activation_fn), activation_fn())
+        self.values = _head(self.hidden_dim, n_options, head_bias)
+
+    def hidden(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: Batch of observations
+        :return: What all heads see, (batch, hidden_dim)
+        """
+        return self.trunk(self.extract_features(obs, self.features_extractor))
+
+    def forward(self, obs: PyTorchObs) -> th.Tensor:
+        """
+        :param obs: Batch of observations
+        :return: Values of all options, (batch, n_options)
+        """
+        return self.values(self.hidden(obs))
+
+
+class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
+    """
+    Policy of Option-Critic.
+
+    The option in force is its recurrent state, see :meth:`predict`. Box actions are scaled from the bounds of the action space
+    to [-1, 1], dimension by dimension, and clipped before they are used.
+
+    :param observation_space: Observation space
+    :param action_space: Action space
+    :param lr_schedule: Learning rate schedule
+    :param n_options: Number of options, >= 1
+    :param net_arch: Shared layers (None: 64-64 for vectors, none behind the Nature CNN for images)
+    :param activation_fn: Activation function
+    :param temperature: The preferences for Discrete actions are divided by it, > 0
+    :param log_std_init: Initial logarithm of the standard deviations of Box actions, in units of half the action range
+    :param head_bias: Whether the heads have biases. Without them and without shared layers, one-hot observations give tables.
+    :param features_extractor_class: Features extractor to use
+    :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
+    :param normalize_images: Whether to normalize images or not, dividing by 255.0
+    :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
+    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizers.
+        Adam is fused unless they say something else.
+    :raises ValueError: if a number is out of range
+    """
+
+    def __init__(
+        self,
+        observation_space: spaces.Space,
+        action_space: spaces.Box | spaces.Discrete,
+        lr_schedule: Schedule,
+        n_options: int = 4,
+        net_arch: list[int] | None = None,
+        activation_fn: type[nn.Module] = nn.ReLU,
+        temperature: float = 1.0,
+        log_std_init: float = 0.0,
+        head_bias: bool = True,
+        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
+        features_extractor_kwargs: dict[str, Any] | None = None,
+        normalize_images: bool = True,
+        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
+        optimizer_kwargs: dict[str, Any] | None = None,
+    ) -> None:
+        if n_options < 1:
+            raise ValueError(f"n_options must be at least 1, but got {n_options}.")
+        if temperature <= 0:
+            raise ValueError(f"temperature must be above 0, but got {temperature}.")
+        super().__init__(
+            observation_space,
+            action_space,
+            features_extractor_class,
+            features_extractor_kwargs,
+            normalize_images=normalize_images,
+            optimizer_class=optimizer_class,
+            optimizer_kwargs=optimizer_kwargs,
+            # Actions come out of _predict in [-1, 1]
+            squash_output=isinstance(action_space, spaces.Box),
+        )
+        if net_arch is None:
+            net_arch = [] if issubclass(features_extractor_class, NatureCNN) else [64, 64]
+        self.n_options = n_options
+        self.net_arch = net_arch
+        self.activation_fn = activation_fn
+        self.temperature = temperature
+        self.log_std_init = log_std_init
+        self.head_bias = head_bias
+        self.action_dist: Distribution = (
+            DiagGaussianDistribution(get_action_dim(action_space))
+            if isinstance(action_space, spaces.Box)
+            else CategoricalDistribution(int(action_space.n))
+        )
+        # What predict() was given, for _predict(), and the options that this chose
+        self._given: tuple[Any, Any] = (None, None)
+        self._options = np.zeros(0, np.int64)
+        self._build(lr_schedule)
+
+    def _build(self, lr_schedule: Schedule) -> None:
+        net_kwargs = self._update_features_extractor(
+            {
+                "observation_space": self.observation_space,
+                "action_space": self.action_space,
+                "activation_fn": self.activation_fn,
+                "normalize_images": self.normalize_images,
+            }
+        )
+        self.critic = OptionValues(self.n_options, self.net_arch, head_bias=self.head_bias, **net_kwargs)
+        self.critic_target = deepcopy(self.critic)
+        self.critic_target.requires_grad_(False)
+        self.critic_target.set_training_mode(False)
+        self.termination_net = _head(self.critic.hidden_dim, self.n_options, self.head_bias)
+        action_dim = self.action_dist.action_dim  # type: ignore[attr-defined]
+        self.actor = _head(self.critic.hidden_dim, self.n_options * action_dim, self.head_bias)
+        self.log_std = None
+        if isinstance(self.action_space, spaces.Box):
+            self.log_std = nn.Parameter(th.full((self.n_options, action_dim), self.log_std_init))
+
+        self.flat_critic = FlatParameters(self.critic)
+        self.flat_termination = FlatParameters(self.termination_net)
+        self.flat_actor = FlatParameters(self.actor, *([] if self.log_std is None else [self.log_std]))
+
+        def make_optimizer(flat: FlatParameters) -> th.optim.Optimizer:
+            return flat.make_optimizer(self.optimizer_class, lr_schedule(1), self.optimizer_kwargs)
+
+        self.critic_optimizer = make_optimizer(self.flat_critic)
+        self.termination_optimizer = make_optimizer(self.flat_termination)
+        self.actor_optimizer = make_optimizer(self.flat_actor)
+
+    def terminations(self, hidden: th.Tensor) -> th.Tensor:
+        """
+        :param hidden: Of states, (batch, hidden_dim)
+        :return: Probability of each option to end there, (batch, n_options)
+        """
+        return self.termination_net(hidden).sigmoid()
+
+    def distribution(self, hidden: th.Tensor, options: th.Tensor) -> Distribution:
+        """
+        :param hidden: Of states, (batch, hidden_dim)
+        :param options: One for each state, counted from 0, (batch,)
+        :return: The options' distributions of actions
+        """
+        outputs = self.actor(hidden).unflatten(1, (self.n_options, -1))[th.arange(len(options)), options]
+        if self.log_std is None:
+            return self.action_dist.proba_distribution(action_logits=outputs / self.temperature)
+        return self.action_dist.proba_distribution(outputs, self.log_std[options])
+
+    @th.no_grad()
+    def decide(
+        self, obs: PyTorchObs, options: np.ndarray, is_start: np.ndarray, deterministic: bool, epsilon: float = 0.0
+    ) -> Step:
+        """
+        Call and return: the option in force ends or goes on, where it has ended another one is chosen, and the option acts.
+
+        :param obs: Batch of observations
+        :param options: The option in force before, counted from 0, (batch,); of no meaning at the start of an episode
+        :param is_start: Whether an episode starts, (batch,)
+        :param deterministic: Whether to end options whose termination probability is above 1/2, and to take the most likely
+            action, instead of drawing both
+        :param epsilon: Probability that the chosen option is drawn at random instead of being the one of the highest value
+        :return: What is decided
+        """
+        hidden = self.critic.hidden(obs)
+        values, terminations = self.critic.values(hidden).cpu().numpy(), self.terminations(hidden).cpu().numpy()
+        of_options = terminations[np.arange(len(options)), options]
+        has_ended = of_options > 0.5 if deterministic else np.random.random(len(options)) < of_options
+        is_chosen = has_ended | is_start
+        best = values.argmax(axis=1)
+        if epsilon > 0.0:
+            is_random = np.random.random(len(options)) < epsilon
+            best = np.where(is_random, np.random.randint(self.n_options, size=len(options)), best)
+        options = np.where(is_chosen, best, options)
+        distribution = self.distribution(hidden, th.as_tensor(options, device=hidden.device))
+        return Step(options, distribution.get_actions(deterministic), is_chosen, of_options)
+
+    def to_env(self, actions: th.Tensor) -> th.Tensor:
+        """
+        :param actions: As distributions give them
+        :return: Discrete actions as the environment counts them, Box actions clipped to [-1, 1]
+        """
+        if isinstance(self.action_space, spaces.Box):
+            return actions.clamp(-1.0, 1.0)
+        return actions + int(self.action_space.start)  # type: ignore[attr-defined]
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        :param observation: One observation or a batch
+        :param state: What the last call returned; None at the start
+        :param episode_start: Where it is True, the option is chosen anew, (batch,); None: nowhere
+        :param deterministic: Whether to end options whose termination probability is above 1/2, and to take the most likely
+            action, instead of drawing both. The option that is chosen is always the one of the highest value.
+        :return: The actions, and the state: a tuple of the options in force, counted from 0, (batch,)
+        :raises ValueError: if the state is not one of options for these observations
+        """
+        self._given = (state, episode_start)
+        actions, _ = super().predict(observation, deterministic=deterministic)
+        return actions, (self._options,)
+
+    def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        return self._predict(obs, deterministic)
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
+        state, episode_start = self._given
+        any_observation = next(iter(observation.values())) if isinstance(observation, dict) else observation
+        options, is_start = self._unpack(state, episode_start, len(any_observation))
+        step = self.decide(observation, options, is_start, deterministic)
+        self._given, self._options = (None, None), step.options
+        return self.to_env(step.actions)
+
+    def _unpack(self, state: Any, episode_start: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
+        """:return: options and episode starts of ``n`` observations"""
+        if state is None:
+            return np.zeros(n, np.int64), np.ones(n, bool)
+        options = np.asarray(state[0] if isinstance(state, tuple) else state)
+        is_start = np.zeros(n, bool) if episode_start is None else np.asarray(episode_start, bool)
+        if options.shape != (n,) or is_start.shape != (n,):
+            raise ValueError(
+                f"For {n} observations, the state must be a tuple of one array of {n} options, and episode_start must have "
+                f"the same shape, but got shapes {options.shape} and {is_start.shape}. Pass on what predict() returned, or None."
+            )
+        if not np.issubdtype(options.dtype, np.integer) or (options < 0).any() or (options >= self.n_options).any():
+            raise ValueError(f"The state must hold options, integers from 0 to {self.n_options - 1}, but got {options}.")
+        return options, is_start
+
+    def set_training_mode(self, mode: bool) -> None:
+        # Acting sets it at every step, and setting it visits every module
+        if self.training != mode or self.critic.training != mode:
+            self.critic.set_training_mode(mode)
+            self.training = mode
+
+    def _get_constructor_parameters(self) -> dict[str, Any]:
+        return {
+            **super()._get_constructor_parameters(),
+            "lr_schedule": self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
+            "n_options": self.n_options,
+            "net_arch": self.net_arch,
+            "activation_fn": self.activation_fn,
+            "temperature": self.temperature,
+            "log_std_init": self.log_std_init,
+            "head_bias": self.head_bias,
+            "features_extractor_class": self.features_extractor_class,
+            "features_extractor_kwargs": self.features_extractor_kwargs,
+            "optimizer_class": self.optimizer_class,
+            "optimizer_kwargs": self.optimizer_kwargs,
+        }
+
+
+def _head(input_dim: int, output_dim: int, bias: bool) -> nn.Module:
+    return mlp(input_dim, output_dim, []) if bias else nn.Linear(input_dim, output_dim, bias=False)
+
+
+MlpPolicy = OptionCriticPolicy
+
+
+class CnnPolicy(OptionCriticPolicy):
+    """:class:`OptionCriticPolicy` for images."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", NatureCNN)
+        super().__init__(*args, **kwargs)
+
+
+class MultiInputPolicy(OptionCriticPolicy):
+    """:class:`OptionCriticPolicy` for Dict observations."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        kwargs.setdefault("features_extractor_class", CombinedExtractor)
+        super().__init__(*args, **kwargs)

@@ -57,6 +57,11 @@ class AlgoCase:
         return issubclass(self.algo, OfflineAlgorithm)
 
     @property
+    def is_recurrent(self) -> bool:
+        """Whether ``predict`` has a state."""
+        return self.algo is OptionCritic
+
+    @property
     def is_off_policy(self) -> bool:
         return issubclass(self.algo, OffPolicyAlgorithm)
 

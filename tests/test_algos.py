@@ -212,7 +212,7 @@ def test_predict_shapes_and_range(case, observation):
     for deterministic in (True, False):
         batch, state = model.predict(obs, deterministic=deterministic)
         single, _ = model.predict(one, deterministic=deterministic)
-        assert state is None
+        assert (state is not None) == case.is_recurrent
         assert batch.shape == (4, *model.action_space.shape)
         assert single.shape == model.action_space.shape
         assert all(model.action_space.contains(action) for action in batch)

@@ -286,7 +286,7 @@ class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
         if options.shape != (n,) or is_start.shape != (n,):
             raise ValueError(
                 f"For {n} observations, the state must be a tuple of one array of {n} options, and episode_start must have "
-                f"the same shape, but got shapes {options.shape} and {is_start.shape}. Pass on what predict() returned, or None."
+                f"the same shape, but got {options.shape} and {is_start.shape}. Pass on what predict() returned, or None."
             )
         if not np.issubdtype(options.dtype, np.integer) or (options < 0).any() or (options >= self.n_options).any():
             raise ValueError(f"The state must hold options, integers from 0 to {self.n_options - 1}, but got {options}.")

@@ -37,6 +37,11 @@ def register_search_spaces(hyperparams_opt: Any) -> None:
             hyperparams_opt.HYPERPARAMS_CONVERTER[algorithm.key] = resolve_name(algorithm.converter)
 
 
+def register_environments(import_envs: Any) -> None:
+    """Four Rooms is no environment of gymnasium's."""
+    import_module("sb3_ext.envs")
+
+
 def register_minatar(import_envs: Any) -> None:
     """MinAtar announces its environments through an entry point that gymnasium no longer reads since version 1."""
     import gymnasium
@@ -157,7 +162,7 @@ PATCHES: dict[str, tuple[Callable[[Any], None], ...]] = {
     "huggingface_sb3.push_to_hub": (supply_generate_metadata, find_ffmpeg),
     "rl_zoo3.exp_manager": (find_own_hyperparameters, report_unusable_data),
     "rl_zoo3.hyperparams_opt": (register_search_spaces,),
-    "rl_zoo3.import_envs": (register_minatar,),
+    "rl_zoo3.import_envs": (register_environments, register_minatar),
     "rl_zoo3.utils": (register_classes,),
 }
 

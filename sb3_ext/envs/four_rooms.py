@@ -50,7 +50,7 @@ class FourRooms(gym.Env):
     :raises ValueError: if an argument is none of these
     """
 
-    metadata: dict[str, Any] = {  # noqa: RUF012"render_modes": ["rgb_array"], "render_fps": 10}
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 10}  # noqa: RUF012
 
     def __init__(
         self,

@@ -67,6 +67,12 @@ ALGORITHMS = (
         "rl_zoo3.hyperparams_opt:convert_offpolicy_params",
     ),
     Algorithm(
+        "option_critic",
+        "sb3_ext.algos.option_critic:OptionCritic",
+        "sb3_ext.zoo.search_spaces:sample_option_critic_params",
+        "rl_zoo3.hyperparams_opt:convert_offpolicy_params",
+    ),
+    Algorithm(
         "sac_discrete",
         "sb3_ext.algos.sac_discrete:SACDiscrete",
         "sb3_ext.zoo.search_spaces:sample_sac_discrete_params",

@@ -86,6 +86,40 @@ def convert_reinforce_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
     return hyperparams
 
 
+def sample_option_critic_params(
+    trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
+) -> dict[str, Any]:
+    """
+    Sampler for Option-Critic hyperparams.
+
+    :param trial: The trial to draw for
+    :param n_actions: Unused
+    :param n_envs: Number of parallel environments (unused)
+    :param additional_args: Unused
+    :return: Keyword arguments of OptionCritic
+    """
+    one_minus_gamma = trial.suggest_float("one_minus_gamma", 0.0001, 0.03, log=True)
+    # From 2**5=32 to 2**8=256
+    batch_size_pow = trial.suggest_int("batch_size_pow", 5, 8)
+    # Display true values
+    trial.set_user_attr("gamma", 1 - one_minus_gamma)
+    trial.set_user_attr("batch_size", 2**batch_size_pow)
+    return convert_offpolicy_params(
+        {
+            "one_minus_gamma": one_minus_gamma,
+            "batch_size_pow": batch_size_pow,
+            "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.005, log=True),
+            "train_freq": trial.suggest_int("train_freq", 1, 10),
+            "target_update_interval": trial.suggest_int("target_update_interval", 100, 5000, log=True),
+            "exploration_final_eps": trial.suggest_float("exploration_final_eps", 0.0, 0.2),
+            "n_options": trial.suggest_int("n_options", 2, 8),
+            "termination_regularization": trial.suggest_float("termination_regularization", 0.001, 1.0, log=True),
+            "ent_coef": trial.suggest_float("ent_coef", 0.0001, 0.1, log=True),
+            "net_arch": trial.suggest_categorical("net_arch", ["small", "medium"]),
+        }
+    )
+
+
 def sample_sac_discrete_params(
     trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]
 ) -> dict[str, Any]:

@@ -138,29 +138,35 @@ class OptionCritic(OffPolicyAlgorithm):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        super().__init__(
-            policy,
-            env,
-            learning_rate,
-            buffer_size,
-            learning_starts,
-            batch_size,
-            tau,
-            gamma,
-            train_freq,
-            gradient_steps,
-            replay_buffer_class=replay_buffer_class,
-            replay_buffer_kwargs=replay_buffer_kwargs,
-            optimize_memory_usage=optimize_memory_usage,
-            policy_kwargs=policy_kwargs,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            verbose=verbose,
-            device=device,
-            support_multi_env=True,
-            seed=seed,
-            sde_support=False,
-        )
+        try:
+            super().__init__(
+                policy,
+                env,
+                learning_rate,
+                buffer_size,
+                learning_starts,
+                batch_size,
+                tau,
+                gamma,
+                train_freq,
+                gradient_steps,
+                replay_buffer_class=replay_buffer_class,
+                replay_buffer_kwargs=replay_buffer_kwargs,
+                optimize_memory_usage=optimize_memory_usage,
+                policy_kwargs=policy_kwargs,
+                stats_window_size=stats_window_size,
+                tensorboard_log=tensorboard_log,
+                verbose=verbose,
+                device=device,
+                support_multi_env=True,
+                seed=seed,
+                sde_support=False,
+            )
+        except AssertionError as error:
+            space = getattr(self, "action_space", None)
+            raise ValueError(
+                f"{type(self).__name__} supports Box action spaces with finite bounds, but got {space}."
+            ) from error
         self.n_options = n_options
         self.actor_learning_rate = actor_learning_rate
         self.termination_learning_rate = termination_learning_rate
@@ -180,11 +186,8 @@ class OptionCritic(OffPolicyAlgorithm):
             self._setup_model()
 
     def _check_arguments(self) -> None:
-        name = type(self).__name__
         if not isinstance(self.action_space, (spaces.Box, spaces.Discrete)):
-            raise ValueError(f"{name} supports Box and Discrete action spaces, but got {self.action_space}.")
-        if isinstance(self.action_space, spaces.Box) and not self.action_space.is_bounded():
-            raise ValueError(f"{name} supports Box action spaces with finite bounds, but got {self.action_space}.")
+            raise ValueError(f"{type(self).__name__} supports Box and Discrete action spaces, but got {self.action_space}.")
         check_range(self, 0, 1, "tau", "gamma", "exploration_fraction", "exploration_initial_eps", "exploration_final_eps")
         check_range(self, 1, float("inf"), "buffer_size", "batch_size", "n_options", "target_update_interval")
         check_range(self, 0, float("inf"), "termination_regularization", "ent_coef", "max_grad_norm")
@@ -337,13 +340,14 @@ class OptionCritic(OffPolicyAlgorithm):
     def _critic_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
         """
         :param replay_data: A batch with options in the place of actions
-        :return: Huber loss of the values of the options that were in force
+        :return: Half the mean squared error of the values of the options that were in force. No Huber loss: options act at
+            random, and values are means, not medians, of what follows.
         """
         values = self.policy.critic(replay_data.observations).gather(1, replay_data.actions)
         target_values = self._target(
             replay_data.actions, replay_data.rewards, replay_data.next_observations, replay_data.dones
         )
-        return F.smooth_l1_loss(values, target_values)
+        return 0.5 * F.mse_loss(values, target_values)
 
     @th.no_grad()
     def _target(self, options: th.Tensor, rewards: th.Tensor, next_observations: Any, dones: th.Tensor) -> th.Tensor:

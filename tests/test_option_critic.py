@@ -1,0 +1,479 @@
+"""Option-Critic against dynamic programming, finite differences, and its own rules of call and return."""
+
+import warnings
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_ext import OptionCritic
+from sb3_ext.algos.option_critic.option_critic import Transitions
+from sb3_ext.algos.option_critic.statistics import WINDOW, OptionStatistics
+
+GAMMA = 0.9
+# A problem with three states, two actions and two options, all probabilities of which are known
+NEXT_STATES = np.array([[1, 2], [2, 0], [0, 1]])
+REWARDS = np.array([[0.0, 1.0], [2.0, -1.0], [0.5, 0.0]])
+IS_TERMINAL = np.array([[False, False], [False, True], [False, False]])
+# Of action 1, by state and option; quarters, so that a batch can hold actions as often as they are likely
+PROBABILITIES = np.array([[0.25, 0.75], [0.5, 0.25], [0.75, 0.5]])
+TERMINATIONS = np.array([[0.1, 0.6], [0.8, 0.3], [0.5, 0.2]])
+
+
+class ThreeStates(gym.Env):
+    observation_space = spaces.Box(0, 1, (3,))
+    action_space = spaces.Discrete(2)
+
+    def observe(self):
+        return np.eye(1, 3, self.state, dtype=np.float32)[0]
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.state = int(self.np_random.integers(3))
+        return self.observe(), {}
+
+    def step(self, action):
+        reward, terminated = REWARDS[self.state, action], IS_TERMINAL[self.state, action]
+        self.state = NEXT_STATES[self.state, action]
+        return self.observe(), float(reward), bool(terminated), False, {}
+
+
+def tables(**kwargs):
+    """A model whose networks are tables, with the probabilities above."""
+    settings = {
+        "n_options": 2,
+        "gamma": GAMMA,
+        "policy_kwargs": {"net_arch": [], "head_bias": False},
+        "termination_regularization": 0.0,
+        "ent_coef": 0.0,
+        "seed": 0,
+        "device": "cpu",
+    }
+    model = OptionCritic("MlpPolicy", gym.wrappers.TimeLimit(ThreeStates(), 20), **{**settings, **kwargs})
+    logits = np.log(PROBABILITIES / (1 - PROBABILITIES))
+    # (option, action, state); the logit of action 0 is 0
+    model.policy.actor.weight.data.view(2, 2, 3)[:, 1] = th.as_tensor(logits.T, dtype=th.float32)
+    model.policy.actor.weight.data.view(2, 2, 3)[:, 0] = 0.0
+    odds = np.log(TERMINATIONS / (1 - TERMINATIONS))
+    model.policy.termination_net.weight.data.copy_(th.as_tensor(odds.T, dtype=th.float32))
+    return model
+
+
+def exact_values():
+    """By iterating equations 1 to 3 of the paper: values of options, (state, option), and of actions, (state, option, action)."""
+    values = np.zeros((3, 2))
+    for _ in range(500):
+        arrival = (1 - TERMINATIONS) * values + TERMINATIONS * values.max(axis=1, keepdims=True)
+        of_actions = REWARDS[:, None] + GAMMA * ~IS_TERMINAL[:, None] * arrival[NEXT_STATES].transpose(0, 2, 1)
+        values = (1 - PROBABILITIES) * of_actions[..., 0] + PROBABILITIES * of_actions[..., 1]
+    return values, of_actions
+
+
+def exact_tables(**kwargs):
+    """As ``tables``, with the exact values in the critic and its target."""
+    model = tables(**kwargs)
+    values, _ = exact_values()
+    for critic in (model.policy.critic, model.policy.critic_target):
+        critic.values.weight.data.copy_(th.as_tensor(values.T, dtype=th.float32))
+    return model
+
+
+def all_transitions():
+    """Each state and option four times, with the actions as often as they are likely."""
+    rows = [
+        (state, option, int(count < 4 * PROBABILITIES[state, option]))
+        for state in range(3)
+        for option in range(2)
+        for count in range(4)
+    ]
+    states, options, actions = np.array(rows).T
+    return Transitions(
+        th.eye(3)[states],
+        th.as_tensor(options)[:, None],
+        th.as_tensor(actions),
+        th.as_tensor(REWARDS[states, actions], dtype=th.float32)[:, None],
+        th.eye(3)[NEXT_STATES[states, actions]],
+        th.as_tensor(IS_TERMINAL[states, actions], dtype=th.float32)[:, None],
+    ), rows
+
+
+def test_values_of_options_are_learned():
+    model = tables(
+        learning_rate=lambda progress: 0.02 * progress,
+        actor_learning_rate=0.0,
+        termination_learning_rate=0.0,
+        batch_size=256,
+        train_freq=8,
+        target_update_interval=8,
+        exploration_final_eps=1.0,
+        policy_kwargs={"net_arch": [], "head_bias": False},
+    ).learn(6000)
+    expected, _ = exact_values()
+    with th.no_grad():
+        np.testing.assert_allclose(model.policy.critic(th.eye(3)).numpy(), expected, atol=0.15)
+        # What was not to be learned has not changed
+        np.testing.assert_allclose(model.policy.terminations(th.eye(3)).numpy(), TERMINATIONS, rtol=1e-5)
+
+
+def test_target_is_the_value_of_state_option_and_action():
+    model, (rollout, rows) = exact_tables(), all_transitions()
+    _, of_actions = exact_values()
+    target = model._target(rollout.options, rollout.rewards, rollout.next_observations, rollout.dones)
+    np.testing.assert_allclose(target.squeeze(1).numpy(), [of_actions[row] for row in rows], rtol=1e-4)
+
+
+def test_intra_option_gradient():
+    model, (rollout, _) = exact_tables(), all_transitions()
+    loss, _ = model._actor_loss(rollout)
+    (gradient,) = th.autograd.grad(loss, model.policy.actor.weight)
+    _, of_actions = exact_values()
+
+    def objective(weights):
+        # Expectation over the options' actions, as a mean over states and options
+        logits = weights.reshape(2, 2, 3).transpose(2, 0, 1)
+        probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
+        return (probabilities * of_actions).sum(axis=-1).mean()
+
+    assert_gradient(-gradient, objective, model.policy.actor.weight)
+
+
+def test_termination_gradient_is_that_of_arriving():
+    model, (rollout, rows) = exact_tables(), all_transitions()
+    loss = model._termination_loss(rollout)
+    (gradient,) = th.autograd.grad(loss, model.policy.termination_net.weight)
+    values, _ = exact_values()
+
+    def objective(weights):
+        # Mean value of arriving in the next states with the options in force
+        terminations = 1 / (1 + np.exp(-weights.T))
+        arrival = (1 - terminations) * values + terminations * values.max(axis=1, keepdims=True)
+        return np.mean(
+            [arrival[NEXT_STATES[state, action], option] * (not IS_TERMINAL[state, action]) for state, option, action in rows]
+        )
+
+    assert_gradient(-gradient, objective, model.policy.termination_net.weight)
+
+
+def assert_gradient(gradient, objective, weight):
+    weights, slopes = weight.detach().double().numpy(), np.zeros(weight.shape)
+    for index in np.ndindex(*weights.shape):
+        shift = np.zeros_like(weights)
+        shift[index] = 1e-5
+        slopes[index] = (objective(weights + shift) - objective(weights - shift)) / 2e-5
+    np.testing.assert_allclose(gradient.numpy(), slopes, atol=1e-5)
+    assert np.abs(slopes).max() > 1e-3
+
+
+def test_deliberation_cost_makes_options_longer():
+    rollout, _ = all_transitions()
+    gradients = []
+    for cost in (0.0, 0.5):
+        model = exact_tables(termination_regularization=cost)
+        gradients.append(th.autograd.grad(model._termination_loss(rollout), model.policy.termination_net.weight)[0])
+    # Of the loss: larger means that termination becomes less likely
+    assert (gradients[1] >= gradients[0]).all() and (gradients[1] > gradients[0]).any()
+
+
+@pytest.mark.parametrize("detach_heads", [True, False])
+def test_shared_layers_learn_from_the_heads_only_if_asked(detach_heads):
+    model = OptionCritic(
+        "MlpPolicy",
+        gym.wrappers.TimeLimit(ThreeStates(), 20),
+        detach_heads=detach_heads,
+        policy_kwargs={"net_arch": [8], "optimizer_class": th.optim.SGD},
+        learning_rate=0.1,
+        max_grad_norm=None,
+        seed=0,
+        device="cpu",
+    )
+    rollout, _ = all_transitions()
+    before = [parameter.clone() for parameter in model.policy.critic.parameters()]
+    critic_loss = model._critic_loss(rollout._replace(options=rollout.options)._replace(actions=rollout.options))
+    heads_loss = model._actor_loss(rollout)[0] + model._termination_loss(rollout)
+    loss = critic_loss if detach_heads else critic_loss + heads_loss
+    gradients = th.autograd.grad(loss, list(model.policy.critic.parameters()))
+    critic_loss = model._critic_loss(rollout._replace(actions=rollout.options))
+    model._update_all(critic_loss, rollout)
+    for parameter, old, gradient in zip(model.policy.critic.parameters(), before, gradients, strict=True):
+        th.testing.assert_close(parameter.detach(), old - 0.1 * gradient, rtol=1e-4, atol=1e-6)
+
+
+class Lasts(gym.Env):
+    """Episodes of a fixed length."""
+
+    observation_space = spaces.Box(0, 1, (1,))
+    action_space = spaces.Discrete(2)
+
+    def __init__(self, length):
+        self.length = length
+
+    def reset(self, *, seed=None, options=None):
+        self.time = 0
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.time += 1
+        return np.zeros(1, np.float32), 1.0, self.time == self.length, False, {}
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_options_belong_to_environments(ends):
+    lengths = (2, 3, 5)
+    env = DummyVecEnv([lambda length=length: Lasts(length) for length in lengths])
+    model = OptionCritic("MlpPolicy", env, n_options=50, exploration_final_eps=1.0, train_freq=30, seed=0, device="cpu")
+    model.policy.termination_net[0].weight.data.zero_()
+    model.policy.termination_net[0].bias.data.fill_(20.0 if ends else -20.0)
+    steps, decide = [], model.policy.decide
+
+    def recorded(*args):
+        steps.append(decide(*args))
+        return steps[-1]
+
+    model.policy.decide = recorded
+    model.learn(3 * 30)
+    options = np.array([step.options for step in steps])
+    for column, length in enumerate(lengths):
+        runs = options[:, column].reshape(-1, length)
+        if ends:
+            # Chosen at every step, out of 50
+            assert all(len(set(run)) > 1 or length < 4 for run in runs) and len(set(options[:, column])) > 12
+        else:
+            assert all(len(set(run)) == 1 for run in runs)
+            assert len({run[0] for run in runs}) > 3
+    # The replay buffer holds them in the place of actions
+    np.testing.assert_array_equal(model.replay_buffer.actions[:30, :, 0], options[:30])
+
+
+def cartpole(**kwargs):
+    settings = {"seed": 0, "device": "cpu", "policy_kwargs": {"net_arch": [16]}}
+    return OptionCritic("MlpPolicy", make_vec_env("CartPole-v1", seed=0), **{**settings, **kwargs})
+
+
+def test_predict_carries_the_option():
+    model = cartpole(n_options=3)
+    obs = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
+    model.policy.termination_net[0].bias.data.fill_(-20.0)
+    _, chosen = model.predict(obs, deterministic=True)
+    with th.no_grad():
+        best = model.policy.critic(th.as_tensor(obs)).argmax(1).numpy()
+    np.testing.assert_array_equal(chosen[0], best)
+    others = ((best + 1) % 3,)
+    # It goes on,
+    _, state = model.predict(obs, others, np.zeros(4, bool), deterministic=True)
+    np.testing.assert_array_equal(state[0], others[0])
+    _, state = model.predict(obs, others, deterministic=True)
+    np.testing.assert_array_equal(state[0], others[0])
+    # is chosen anew where an episode starts,
+    _, state = model.predict(obs, others, np.array([True, False, False, True]), deterministic=True)
+    np.testing.assert_array_equal(state[0], np.where([True, False, False, True], best, others[0]))
+    # and ends where it ends
+    model.policy.termination_net[0].bias.data.fill_(20.0)
+    _, state = model.predict(obs, others, np.zeros(4, bool), deterministic=True)
+    np.testing.assert_array_equal(state[0], best)
+
+
+@pytest.mark.parametrize(
+    ("state", "episode_start", "message"),
+    [
+        ((np.zeros(3, int),), None, "For 4 observations"),
+        ((np.zeros(4, int),), np.zeros(3, bool), "For 4 observations"),
+        ((np.full(4, 9),), None, "integers from 0 to 2"),
+        ((np.zeros(4),), None, "integers from 0 to 2"),
+    ],
+)
+def test_bad_states_are_named(state, episode_start, message):
+    with pytest.raises(ValueError, match=message):
+        cartpole(n_options=3).predict(np.zeros((4, 4), np.float32), state, episode_start)
+
+
+def test_saved_model_acts_the_same_through_an_episode(tmp_path):
+    model = cartpole().learn(300)
+    model.save(tmp_path / "model")
+    loaded = OptionCritic.load(tmp_path / "model", device="cpu")
+    env = make_vec_env("CartPole-v1", n_envs=3, seed=3)
+    obs, states, starts = env.reset(), [None, None], np.ones(3, bool)
+    for _ in range(40):
+        actions = []
+        for index, agent in enumerate((model, loaded)):
+            action, states[index] = agent.predict(obs, states[index], starts, deterministic=True)
+            actions.append(action)
+        np.testing.assert_array_equal(*actions)
+        np.testing.assert_array_equal(states[0][0], states[1][0])
+        obs, _, starts, _ = env.step(actions[0])
+
+
+class Phases(gym.Env):
+    """Ten steps; the first five want action 0, the others action 1."""
+
+    observation_space = spaces.Box(0, 1, (2,))
+    action_space = spaces.Discrete(2)
+
+    def observe(self):
+        return np.eye(1, 2, int(self.time >= 5), dtype=np.float32)[0]
+
+    def reset(self, *, seed=None, options=None):
+        self.time = 0
+        return self.observe(), {}
+
+    def step(self, action):
+        reward = float(action == int(self.time >= 5))
+        self.time += 1
+        return self.observe(), reward, self.time == 10, False, {}
+
+
+def test_options_learn_when_to_end():
+    """Each option knows one action only. With the sign of the termination loss reversed, the wrong one goes on."""
+    model = OptionCritic(
+        "MlpPolicy",
+        Phases(),
+        n_options=2,
+        learning_rate=0.02,
+        actor_learning_rate=0.0,
+        termination_learning_rate=0.05,
+        target_update_interval=50,
+        exploration_final_eps=0.3,
+        policy_kwargs={"net_arch": [], "head_bias": False},
+        seed=0,
+        device="cpu",
+    )
+    model.policy.actor.weight.data.copy_(th.tensor([[20.0, 20.0], [0.0, 0.0], [0.0, 0.0], [20.0, 20.0]]))
+    model.learn(4000)
+    assert evaluate_policy(model, make_vec_env(Phases, seed=1), 5)[0] == 10
+    with th.no_grad():
+        terminations = model.policy.terminations(th.eye(2))
+    # Each option ends in the other's phase, and not in its own
+    assert (terminations.diagonal() < 0.2).all() and (terminations.flip(1).diagonal() > 0.8).all()
+
+
+class Target(gym.Env):
+    """One step; the action should be 0.6 in the first dimension and 3 in the second."""
+
+    observation_space = spaces.Box(0, 1, (1,))
+    action_space = spaces.Box(np.array([-1.0, 0.0], np.float32), np.array([1.0, 4.0], np.float32))
+
+    def reset(self, *, seed=None, options=None):
+        return np.ones(1, np.float32), {}
+
+    def step(self, action):
+        assert self.action_space.contains(action)
+        error = (action - [0.6, 3.0]) / [1.0, 2.0]
+        return np.ones(1, np.float32), -float(np.square(error).sum()), True, False, {}
+
+
+def test_means_of_continuous_actions_are_learned():
+    """With actions that carry a gradient, the means would not move."""
+    model = OptionCritic(
+        "MlpPolicy",
+        Target(),
+        n_options=2,
+        learning_rate=5e-3,
+        train_freq=16,
+        policy_kwargs={"net_arch": [8], "log_std_init": -1.0},
+        seed=0,
+        device="cpu",
+    ).learn(8000)
+    action, _ = model.predict(np.ones(1, np.float32), deterministic=True)
+    np.testing.assert_allclose(action, [0.6, 3.0], atol=0.3)
+
+
+def test_time_limits_are_bootstrapped():
+    env = make_vec_env(lambda: gym.wrappers.TimeLimit(gym.make("CartPole-v1").unwrapped, 5), seed=0)
+    model = OptionCritic("MlpPolicy", env, learning_starts=1000, train_freq=60, seed=0, device="cpu").learn(60)
+    dones = th.cat([transition.dones for transition in model._rollout])
+    assert model.replay_buffer.dones[:60].sum() > 5 and dones.sum() == 0
+    # The observation after the last step is that of the episode that ended, not of the next one
+    last = [index for index in range(59) if model.replay_buffer.dones[index, 0]]
+    for index in last:
+        assert not np.array_equal(model._rollout[index].next_observations, model._rollout[index + 1].observations)
+        np.testing.assert_array_equal(
+            model._rollout[index].next_observations[0], model.replay_buffer.next_observations[index, 0]
+        )
+
+
+def test_learns_cartpole():
+    model = cartpole(
+        n_options=2,
+        learning_rate=2e-3,
+        train_freq=4,
+        gradient_steps=2,
+        target_update_interval=200,
+        policy_kwargs={"net_arch": [64, 64]},
+    ).learn(15_000)
+    assert evaluate_policy(model, make_vec_env("CartPole-v1", seed=100), 10)[0] > 120
+
+
+def test_statistics_by_hand():
+    statistics = OptionStatistics(n_options=2, n_envs=2, n_episodes=10)
+    yes, no = np.array([True, True]), np.array([False, False])
+    statistics.add(np.array([0, 1]), yes, np.array([0.5, 0.5]), yes)
+    statistics.add(np.array([0, 1]), no, np.array([0.2, 0.4]), no)
+    # The first option ends after two steps and becomes the other one
+    statistics.add(np.array([1, 1]), np.array([True, False]), np.array([0.6, 0.4]), no)
+    # Both episodes end
+    statistics.add(np.array([0, 0]), yes, np.array([0.9, 0.9]), yes)
+    summary = statistics.summary()
+    assert summary["duration"] == pytest.approx((2 + 1 + 3) / 3)
+    assert summary["switches_per_episode"] == pytest.approx((1 + 0) / 2)
+    assert summary["termination_probability"] == pytest.approx((0.2 + 0.4 + 0.6 + 0.4) / 4)
+    assert summary["usage_entropy"] == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize(("always_chosen", "message"), [(False, "one option"), (True, "nearly every step")])
+def test_collapsed_options_are_reported(always_chosen, message):
+    statistics = OptionStatistics(n_options=2, n_envs=1, n_episodes=10)
+    no = np.array([False])
+    for step in range(WINDOW):
+        assert statistics.collapse() is None
+        option = np.array([step % 2 if always_chosen else 0])
+        statistics.add(option, np.array([always_chosen]), np.array([0.5]), no)
+    assert message in statistics.collapse()
+    model = cartpole(n_options=2, learning_starts=0)
+    model._statistics = statistics
+    model.num_timesteps = 5000
+    model._setup_learn(10)
+    with pytest.warns(UserWarning, match="have collapsed"):
+        model.num_timesteps = 5000
+        model.dump_logs()
+
+
+def test_healthy_options_are_not_reported():
+    statistics = OptionStatistics(n_options=2, n_envs=1, n_episodes=10)
+    for step in range(WINDOW):
+        statistics.add(np.array([step // 4 % 2]), np.array([step % 4 == 0]), np.array([0.25]), np.array([False]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert statistics.collapse() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("n_options", 0), ("gamma", 1.5), ("termination_regularization", -1.0), ("exploration_final_eps", 2.0), ("tau", -0.1)],
+)
+def test_numbers_out_of_range_are_named(name, value):
+    with pytest.raises(ValueError, match=f"{name} must be .* but got {value}"):
+        cartpole(**{name: value})
+
+
+def test_temperature_must_be_positive():
+    with pytest.raises(ValueError, match="temperature must be"):
+        cartpole(policy_kwargs={"temperature": 0.0})
+
+
+def test_unbounded_actions_are_refused():
+    class Unbounded(Lasts):
+        action_space = spaces.Box(-np.inf, np.inf, (1,))
+
+    with pytest.raises(ValueError, match="finite bounds"):
+        OptionCritic("MlpPolicy", Unbounded(3))
+
+
+def test_divergence_is_a_value_error():
+    model = cartpole()
+    model.policy.critic.values[0].weight.data.fill_(float("nan"))
+    with pytest.raises(ValueError, match="diverged"):
+        model.learn(200)

@@ -65,7 +65,7 @@ def tables(**kwargs):
 
 
 def exact_values():
-    """By iterating equations 1 to 3 of the paper: values of options, (state, option), and of actions, (state, option, action)."""
+    """By iterating equations 1 to 3 of the paper: values of options, (state, option), and of actions in them, (..., action)."""
     values = np.zeros((3, 2))
     for _ in range(500):
         arrival = (1 - TERMINATIONS) * values + TERMINATIONS * values.max(axis=1, keepdims=True)

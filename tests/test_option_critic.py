@@ -57,15 +57,15 @@ def tables(**kwargs):
     model = OptionCritic("MlpPolicy", gym.wrappers.TimeLimit(ThreeStates(), 20), **{**settings, **kwargs})
     logits = np.log(PROBABILITIES / (1 - PROBABILITIES))
     # (option, action, state); the logit of action 0 is 0
-    model.policy.actor.weight.data.view(2, 2, 3)[:, 1] = th.as_tensor(logits.T, dtype=th.float32)
-    model.policy.actor.weight.data.view(2, 2, 3)[:, 0] = 0.0
+    model.policy.actor[0].weight.data.view(2, 2, 3)[:, 1] = th.as_tensor(logits.T, dtype=th.float32)
+    model.policy.actor[0].weight.data.view(2, 2, 3)[:, 0] = 0.0
     odds = np.log(TERMINATIONS / (1 - TERMINATIONS))
-    model.policy.termination_net.weight.data.copy_(th.as_tensor(odds.T, dtype=th.float32))
+    model.policy.termination_net[0].weight.data.copy_(th.as_tensor(odds.T, dtype=th.float32))
     return model
 
 
 def exact_values():
-    """By iterating equations 1 to 3 of the paper: values of options, (state, option), and of actions in them, (..., action)."""
+    """By iterating equations 1 to 3 of the paper: values of options, (state, option), and of actions, (..., action)."""
     values = np.zeros((3, 2))
     for _ in range(500):
         arrival = (1 - TERMINATIONS) * values + TERMINATIONS * values.max(axis=1, keepdims=True)
@@ -79,7 +79,7 @@ def exact_tables(**kwargs):
     model = tables(**kwargs)
     values, _ = exact_values()
     for critic in (model.policy.critic, model.policy.critic_target):
-        critic.values.weight.data.copy_(th.as_tensor(values.T, dtype=th.float32))
+        critic.values[0].weight.data.copy_(th.as_tensor(values.T, dtype=th.float32))
     return model
 
 
@@ -104,7 +104,7 @@ def all_transitions():
 
 def test_values_of_options_are_learned():
     model = tables(
-        learning_rate=lambda progress: 0.02 * progress,
+        learning_rate=lambda progress: 0.05 * progress,
         actor_learning_rate=0.0,
         termination_learning_rate=0.0,
         batch_size=256,
@@ -130,7 +130,7 @@ def test_target_is_the_value_of_state_option_and_action():
 def test_intra_option_gradient():
     model, (rollout, _) = exact_tables(), all_transitions()
     loss, _ = model._actor_loss(rollout)
-    (gradient,) = th.autograd.grad(loss, model.policy.actor.weight)
+    (gradient,) = th.autograd.grad(loss, model.policy.actor[0].weight)
     _, of_actions = exact_values()
 
     def objective(weights):
@@ -139,13 +139,13 @@ def test_intra_option_gradient():
         probabilities = np.exp(logits) / np.exp(logits).sum(axis=-1, keepdims=True)
         return (probabilities * of_actions).sum(axis=-1).mean()
 
-    assert_gradient(-gradient, objective, model.policy.actor.weight)
+    assert_gradient(-gradient, objective, model.policy.actor[0].weight)
 
 
 def test_termination_gradient_is_that_of_arriving():
     model, (rollout, rows) = exact_tables(), all_transitions()
     loss = model._termination_loss(rollout)
-    (gradient,) = th.autograd.grad(loss, model.policy.termination_net.weight)
+    (gradient,) = th.autograd.grad(loss, model.policy.termination_net[0].weight)
     values, _ = exact_values()
 
     def objective(weights):
@@ -156,7 +156,7 @@ def test_termination_gradient_is_that_of_arriving():
             [arrival[NEXT_STATES[state, action], option] * (not IS_TERMINAL[state, action]) for state, option, action in rows]
         )
 
-    assert_gradient(-gradient, objective, model.policy.termination_net.weight)
+    assert_gradient(-gradient, objective, model.policy.termination_net[0].weight)
 
 
 def assert_gradient(gradient, objective, weight):
@@ -174,7 +174,7 @@ def test_deliberation_cost_makes_options_longer():
     gradients = []
     for cost in (0.0, 0.5):
         model = exact_tables(termination_regularization=cost)
-        gradients.append(th.autograd.grad(model._termination_loss(rollout), model.policy.termination_net.weight)[0])
+        gradients.append(th.autograd.grad(model._termination_loss(rollout), model.policy.termination_net[0].weight)[0])
     # Of the loss: larger means that termination becomes less likely
     assert (gradients[1] >= gradients[0]).all() and (gradients[1] > gradients[0]).any()
 
@@ -341,7 +341,7 @@ def test_options_learn_when_to_end():
         seed=0,
         device="cpu",
     )
-    model.policy.actor.weight.data.copy_(th.tensor([[20.0, 20.0], [0.0, 0.0], [0.0, 0.0], [20.0, 20.0]]))
+    model.policy.actor[0].weight.data.copy_(th.tensor([[20.0, 20.0], [0.0, 0.0], [0.0, 0.0], [20.0, 20.0]]))
     model.learn(4000)
     assert evaluate_policy(model, make_vec_env(Phases, seed=1), 5)[0] == 10
     with th.no_grad():

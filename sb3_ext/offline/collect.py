@@ -9,7 +9,6 @@ import argparse
 import hashlib
 import importlib
 import itertools
-import os
 import re
 import shlex
 import sys
@@ -23,14 +22,12 @@ import gymnasium as gym
 import numpy as np
 import rl_zoo3.import_envs  # noqa: F401
 import torch as th
-import yaml
 from gymnasium import spaces
 from huggingface_sb3 import EnvironmentName
 from rl_zoo3.exp_manager import ExperimentManager
-from rl_zoo3.utils import ALGOS, StoreDict, create_test_env, get_model_path, get_saved_hyperparams
+from rl_zoo3.utils import ALGOS, StoreDict
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise, VectorizedActionNoise
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.utils import set_random_seed
 from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecEnv, sync_envs_normalization
 from tqdm import tqdm
@@ -41,6 +38,7 @@ from sb3_ext.offline.errors import AgentError, DatasetError, EmptyDatasetError
 from sb3_ext.offline.recording import Episode, EpisodeRecorder, insert_recorder
 from sb3_ext.offline.writing import EpisodeStore
 from sb3_ext.zoo import register
+from sb3_ext.zoo.agents import add_choice_of_agent, find_agent, load_agent
 
 NOISES = {"normal": NormalActionNoise, "ornstein-uhlenbeck": OrnsteinUhlenbeckActionNoise}
 VEC_ENVS: dict[str, type[VecEnv]] = {"dummy": DummyVecEnv, "subproc": SubprocVecEnv}
@@ -72,15 +70,10 @@ def parse(argv: list[str]) -> argparse.Namespace:
     )
 
     agent = parser.add_argument_group("the agent, as for rl_zoo3.enjoy")
-    agent.add_argument("-f", "--folder", help="log folder", default="logs")
-    agent.add_argument("--exp-id", help="experiment ID (default: 0: latest, -1: no exp folder)", default=0, type=int)
-    agent.add_argument("--load-best", help="load the best model instead of the last one", action="store_true")
-    agent.add_argument("--load-checkpoint", help="load the checkpoint of this number of timesteps", type=int)
-    agent.add_argument("--load-last-checkpoint", help="load the last checkpoint", action="store_true")
+    add_choice_of_agent(agent)
     choice = agent.add_mutually_exclusive_group()
     choice.add_argument("--deterministic", help="use deterministic actions (default, but for Atari)", action="store_true")
     choice.add_argument("--stochastic", help="sample actions from the policy", action="store_true")
-    agent.add_argument("--device", help="PyTorch device", default="auto")
 
     noise = parser.add_argument_group("exploration")
     noise.add_argument("--epsilon", help="probability of a uniformly random action, 0 to 1", type=float, default=0.0)
@@ -248,45 +241,6 @@ def env_kwargs_of(args: argparse.Namespace) -> dict[str, Any]:
     return {**args.env_kwargs, **limit}
 
 
-def load_agent(args: argparse.Namespace, model_path: str, log_path: str) -> tuple[BaseAlgorithm, VecEnv, dict[str, Any]]:
-    """
-    Load the agent and make its environments as ``rl_zoo3.enjoy`` does.
-
-    :param args: of the command
-    :param model_path: saved model
-    :param log_path: folder of its experiment
-    :return: the agent, its environments, and the keyword arguments with which each was made
-    """
-    params_path = os.path.join(log_path, args.env)
-    hyperparams, stats_path = get_saved_hyperparams(params_path, test_mode=True)
-    env_kwargs = hyperparams.pop("env_kwargs", {})
-    args_path = Path(params_path, "args.yml")
-    if args_path.is_file():
-        # The zoo writes its own classes into it
-        saved_args = yaml.load(args_path.read_text(), Loader=yaml.UnsafeLoader)
-        env_kwargs = saved_args["env_kwargs"] or env_kwargs
-    env_kwargs = {**env_kwargs, **env_kwargs_of(args)}
-    her = "HerReplayBuffer" in hyperparams.get("replay_buffer_class", "")
-    env = create_test_env(
-        args.env.gym_id,
-        n_envs=args.n_envs,
-        stats_path=stats_path,
-        seed=args.seed,
-        should_render=False,
-        hyperparams=hyperparams,
-        env_kwargs=env_kwargs,
-        vec_env_cls=ExperimentManager.default_vec_env_cls or VEC_ENVS[args.vec_env],
-    )
-    kwargs: dict[str, Any] = {"env": env} if her else {}
-    if issubclass(ALGOS[args.algo], OffPolicyAlgorithm):
-        # No memory for transitions
-        kwargs.update(buffer_size=1, optimize_memory_usage=False)
-    # Schedules are pickled functions, which do not load in every Python version, and nothing is trained
-    custom_objects = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
-    model = ALGOS[args.algo].load(model_path, custom_objects=custom_objects, device=args.device, seed=args.seed, **kwargs)
-    return model, env, env_kwargs
-
-
 def collect_episodes(args: argparse.Namespace, target: Path, metadata: dict[str, Any]) -> None:
     """
     Record episodes of a trained agent.
@@ -296,17 +250,11 @@ def collect_episodes(args: argparse.Namespace, target: Path, metadata: dict[str,
     :param metadata: of the command
     :raises DatasetError: when the agent, the target or the room on the disk is missing
     """
-    try:
-        _, model_path, log_path = get_model_path(
-            args.exp_id, args.folder, args.algo, args.env, args.load_best, args.load_checkpoint, args.load_last_checkpoint
-        )
-    except (AssertionError, ValueError) as error:
-        raise AgentError(
-            f"{error}. Train an agent first: python -m rl_zoo3.train --algo {args.algo} --env {args.env} -f {args.folder}"
-        ) from error
+    model_path, log_path = find_agent(args)
     model_hash = hashlib.sha256(Path(model_path).read_bytes()).hexdigest()
     store = EpisodeStore(target, settings_of(args, model=model_hash))
-    model, env, env_kwargs = load_agent(args, model_path, log_path)
+    vec_env_cls = ExperimentManager.default_vec_env_cls or VEC_ENVS[args.vec_env]
+    model, env, env_kwargs = load_agent(args, model_path, log_path, args.n_envs, vec_env_cls, env_kwargs_of(args))
     env, recorder = insert_recorder(env, lambda index, episode: None)
 
     random_env = ExperimentManager.is_atari(args.env.gym_id) or ExperimentManager.is_minigrid(args.env.gym_id)

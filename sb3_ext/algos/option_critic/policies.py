@@ -22,7 +22,7 @@ from torch import nn
 
 from sb3_ext.common.conv_features import PreprocessingMixin
 from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
-from sb3_ext.common.mlp import mlp
+from sb3_ext.common.mlp import MLP, mlp
 
 
 class Step(NamedTuple):
@@ -316,7 +316,12 @@ class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
 
 
 def _head(input_dim: int, output_dim: int, bias: bool) -> nn.Module:
-    return mlp(input_dim, output_dim, []) if bias else nn.Linear(input_dim, output_dim, bias=False)
+    linear = nn.Linear(input_dim, output_dim, bias)
+    # Nearly zero, as the last layer of SB3's policies: options begin undecided
+    nn.init.orthogonal_(linear.weight, gain=0.01)
+    if bias:
+        nn.init.zeros_(linear.bias)
+    return MLP(linear)
 
 
 MlpPolicy = OptionCriticPolicy

@@ -1,0 +1,92 @@
+"""Agents that the zoo has trained, for commands that work with them as ``rl_zoo3.enjoy`` does."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rl_zoo3.utils import ALGOS, create_test_env, get_model_path, get_saved_hyperparams
+from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.vec_env import DummyVecEnv, VecEnv
+
+from sb3_ext.offline.errors import AgentError
+
+
+def add_choice_of_agent(parser: Any) -> None:
+    """
+    :param parser: Gets the arguments that choose among the trained agents of an algorithm and an environment
+    """
+    parser.add_argument("-f", "--folder", help="log folder", default="logs")
+    parser.add_argument("--exp-id", help="experiment ID (default: 0: latest, -1: no exp folder)", default=0, type=int)
+    parser.add_argument("--load-best", help="load the best model instead of the last one", action="store_true")
+    parser.add_argument("--load-checkpoint", help="load the checkpoint of this number of timesteps", type=int)
+    parser.add_argument("--load-last-checkpoint", help="load the last checkpoint", action="store_true")
+    parser.add_argument("--device", help="PyTorch device", default="auto")
+
+
+def find_agent(args: argparse.Namespace) -> tuple[str, str]:
+    """
+    :param args: Of the command, with ``algo`` and ``env``
+    :return: The saved model, and the folder of its experiment
+    :raises AgentError: if there is none
+    """
+    try:
+        _, model_path, log_path = get_model_path(
+            args.exp_id, args.folder, args.algo, args.env, args.load_best, args.load_checkpoint, args.load_last_checkpoint
+        )
+    except (AssertionError, ValueError) as error:
+        raise AgentError(
+            f"{error}. Train an agent first: python -m rl_zoo3.train --algo {args.algo} --env {args.env} -f {args.folder}"
+        ) from error
+    return model_path, log_path
+
+
+def load_agent(
+    args: argparse.Namespace,
+    model_path: str,
+    log_path: str,
+    n_envs: int = 1,
+    vec_env_cls: type[VecEnv] = DummyVecEnv,
+    more_env_kwargs: dict[str, Any] | None = None,
+) -> tuple[BaseAlgorithm, VecEnv, dict[str, Any]]:
+    """
+    Load the agent and make its environments as ``rl_zoo3.enjoy`` does.
+
+    :param args: of the command
+    :param model_path: saved model
+    :param log_path: folder of its experiment
+    :param n_envs: number of environments
+    :param vec_env_cls: their kind
+    :param more_env_kwargs: keyword arguments for each, beside those of the training
+    :return: the agent, its environments, and the keyword arguments with which each was made
+    """
+    params_path = os.path.join(log_path, args.env)
+    hyperparams, stats_path = get_saved_hyperparams(params_path, test_mode=True)
+    env_kwargs = hyperparams.pop("env_kwargs", {})
+    args_path = Path(params_path, "args.yml")
+    if args_path.is_file():
+        # The zoo writes its own classes into it
+        saved_args = yaml.load(args_path.read_text(), Loader=yaml.UnsafeLoader)
+        env_kwargs = saved_args["env_kwargs"] or env_kwargs
+    env_kwargs = {**env_kwargs, **(more_env_kwargs or {})}
+    her = "HerReplayBuffer" in hyperparams.get("replay_buffer_class", "")
+    env = create_test_env(
+        args.env.gym_id,
+        n_envs=n_envs,
+        stats_path=stats_path,
+        seed=args.seed,
+        should_render=False,
+        hyperparams=hyperparams,
+        env_kwargs=env_kwargs,
+        vec_env_cls=vec_env_cls,
+    )
+    kwargs: dict[str, Any] = {"env": env} if her else {}
+    if issubclass(ALGOS[args.algo], OffPolicyAlgorithm):
+        # No memory for transitions
+        kwargs.update(buffer_size=1, optimize_memory_usage=False)
+    # Schedules are pickled functions, which do not load in every Python version, and nothing is trained
+    custom_objects = {"learning_rate": 0.0, "lr_schedule": lambda _: 0.0, "clip_range": lambda _: 0.0}
+    model = ALGOS[args.algo].load(model_path, custom_objects=custom_objects, device=args.device, seed=args.seed, **kwargs)
+    return model, env, env_kwargs

@@ -179,7 +179,7 @@ class OptionCritic(OffPolicyAlgorithm):
         self.exploration_final_eps = exploration_final_eps
         self.max_grad_norm = max_grad_norm
         self.exploration_rate = exploration_initial_eps
-        self.policy_kwargs["n_options"] = n_options
+        self.policy_kwargs = {**self.policy_kwargs, "n_options": n_options}
         self._n_calls = 0
         self._rollout: list[Transitions] = []
         if _init_setup_model:

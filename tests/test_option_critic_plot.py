@@ -1,0 +1,80 @@
+"""Pictures of options."""
+
+import subprocess
+import sys
+
+import gymnasium
+import numpy as np
+import pytest
+from matplotlib import pyplot as plt
+from stable_baselines3.common.vec_env import DummyVecEnv
+
+from sb3_ext import OptionCritic
+from sb3_ext.algos.option_critic import plot
+from sb3_ext.envs import FourRooms
+
+
+def rooms(**kwargs):
+    return DummyVecEnv([lambda: gymnasium.make("FourRooms-v0", max_episode_steps=30, **kwargs)])
+
+
+@pytest.fixture
+def model():
+    return OptionCritic("MlpPolicy", rooms(), n_options=3, buffer_size=100, seed=0, device="cpu")
+
+
+def test_episodes_hold_options_observations_and_returns(model):
+    env = rooms(goal=(1, 1))
+    env.seed(0)
+    episodes = plot.play(model, env, 4, deterministic=False)
+    assert len(episodes) == 4
+    for episode in episodes:
+        assert len(episode.options) == len(episode.observations) <= 30
+        assert set(episode.options) <= {0, 1, 2}
+        assert episode.episode_return == (1.0 if len(episode.options) < 30 else 0.0)
+
+
+@pytest.mark.parametrize("observation", ["one_hot", "coordinates"])
+def test_pictures_of_four_rooms(observation):
+    env = rooms(observation=observation)
+    model = OptionCritic("MlpPolicy", env, n_options=3, buffer_size=100, seed=0, device="cpu")
+    episodes = plot.play(model, env, 3, deterministic=False)
+    (four_rooms,) = env.get_attr("unwrapped")
+    figure = plot.draw_four_rooms(model, four_rooms, episodes)
+    # Three pictures for each option, and the scales of two of them
+    assert len(figure.axes) == 3 * 3 + 2 * 3
+    plt.close(figure)
+
+
+def test_shares_by_hand():
+    four_rooms = FourRooms()
+    there, elsewhere = four_rooms.observe(5), four_rooms.observe(9)
+    episodes = [plot.Episode(np.array([0, 1, 1]), [there, there, elsewhere], 0.0), plot.Episode(np.array([1]), [there], 0.0)]
+    shares = plot._shares(four_rooms, episodes, 2)
+    np.testing.assert_allclose(shares[5], [1 / 3, 2 / 3])
+    np.testing.assert_allclose(shares[9], [0.0, 1.0])
+    assert np.isnan(shares[[0, 1, 2]]).all()
+
+
+def test_timeline_shows_each_step_and_return():
+    episodes = [plot.Episode(np.array([0, 1]), [None] * 2, 3.0), plot.Episode(np.array([1, 1, 0]), [None] * 3, -1.5)]
+    figure = plot.draw_timeline(episodes, 2)
+    axes = figure.axes[0]
+    np.testing.assert_array_equal(axes.images[0].get_array().filled(np.nan), [[0, 1, np.nan], [1, 1, 0]])
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["3.0", "-1.5"]
+    plt.close(figure)
+
+
+def test_command_draws_an_agent_of_the_zoo(tmp_path):
+    train = "-m rl_zoo3.train --algo option_critic --env FourRooms-v0 -n 60 --eval-freq -1 -f logs"
+    draw = "-m sb3_ext.algos.option_critic.plot -f logs --n-episodes 2 --output pictures"
+    for command in (train, draw):
+        subprocess.run([sys.executable, *command.split()], cwd=tmp_path, check=True, capture_output=True)
+    assert sorted(path.name for path in (tmp_path / "pictures").iterdir()) == ["options-rooms.png", "options-timeline.png"]
+
+
+def test_a_missing_agent_is_named(tmp_path, capsys):
+    with pytest.raises(SystemExit) as status:
+        plot.main(["-f", str(tmp_path)])
+    assert status.value.code not in (0, None)
+    assert "Train an agent first" in capsys.readouterr().err

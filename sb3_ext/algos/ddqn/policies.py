@@ -24,8 +24,11 @@ class DDQNPolicy(FlatParametersMixin, DQNPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
         self.q_net_target.requires_grad_(False)
-        self.flat = FlatParameters(self.q_net)
+        self.flat = self.make_flat_parameters()
         self.optimizer = self.flat.make_optimizer(self.optimizer_class, lr_schedule(1), self.optimizer_kwargs)
+
+    def make_flat_parameters(self) -> FlatParameters:
+        return FlatParameters(self.q_net)
 
     def set_training_mode(self, mode: bool) -> None:
         # Acting sets it at every step, and setting it visits every module

@@ -96,13 +96,11 @@ class DuelingDDQNPolicy(DDQNPolicy):
             raise ValueError(f"net_arch must end with a layer of at least 2 units, one for each stream, but got {net_arch}.")
         super().__init__(observation_space, action_space, lr_schedule, net_arch, **kwargs)
 
-    def _build(self, lr_schedule: Schedule) -> None:
-        super()._build(lr_schedule)
+    def make_flat_parameters(self) -> FlatParameters:
         shared = self.q_net.shared_parameters()
         # With the shared parameters first, their gradients are one block
-        self.flat = FlatParameters(*shared, self.q_net)
         self.n_shared = sum(parameter.numel() for parameter in shared)
-        self.optimizer = self.flat.make_optimizer(self.optimizer_class, lr_schedule(1), self.optimizer_kwargs)
+        return FlatParameters(*shared, self.q_net)
 
     def make_q_net(self) -> DuelingQNetwork:
         net_args = self._update_features_extractor(self.net_args, features_extractor=None)

@@ -15,6 +15,7 @@ import sys
 # The keys of sb3_ext.zoo.patches.PATCHES, repeated because importing that table at every start would cost too much.
 PATCHED_MODULES = frozenset(
     {
+        "huggingface_hub.repocard",
         "huggingface_sb3.load_from_hub",
         "huggingface_sb3.push_to_hub",
         "rl_zoo3.exp_manager",

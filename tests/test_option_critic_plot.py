@@ -6,12 +6,16 @@ import sys
 import gymnasium
 import numpy as np
 import pytest
+from huggingface_hub import ModelCard
 from matplotlib import pyplot as plt
+from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ext import OptionCritic
 from sb3_ext.algos.option_critic import plot
 from sb3_ext.envs import FourRooms
+from sb3_ext.zoo import register
 
 
 def rooms(**kwargs):
@@ -78,3 +82,30 @@ def test_a_missing_agent_is_named(tmp_path, capsys):
         plot.main(["-f", str(tmp_path)])
     assert status.value.code not in (0, None)
     assert "Train an agent first" in capsys.readouterr().err
+
+
+def test_model_card_shows_the_pictures(tmp_path, model):
+    register()
+    from huggingface_sb3.push_to_hub import _evaluate_agent
+    from rl_zoo3.push_to_hub import generate_model_card, save_model_card
+
+    _evaluate_agent(model, rooms(), 1, False, tmp_path)
+    text, metadata = generate_model_card("option_critic", "OptionCritic", "someone", "FourRooms-v0", 1.0, 0.0, {}, {})
+    save_model_card(tmp_path, text, metadata)
+    card = ModelCard.load(tmp_path / "README.md")
+    for name in ("options-timeline.png", "options-rooms.png"):
+        assert f"]({name})" in card.content and (tmp_path / name).stat().st_size > 0
+    assert card.data.eval_results[0].metric_value == "1.00 +/- 0.00"
+
+
+def test_other_cards_stay_as_they_are(tmp_path):
+    register()
+    from huggingface_sb3.push_to_hub import _evaluate_agent
+    from rl_zoo3.push_to_hub import generate_model_card, save_model_card
+
+    env = make_vec_env("CartPole-v1")
+    _evaluate_agent(PPO("MlpPolicy", env, n_steps=8, batch_size=8), env, 1, True, tmp_path)
+    text, metadata = generate_model_card("ppo", "PPO", "someone", "CartPole-v1", 1.0, 0.0, {}, {})
+    save_model_card(tmp_path, text, metadata)
+    assert "Pictures" not in (tmp_path / "README.md").read_text()
+    assert not list(tmp_path.glob("*.png"))

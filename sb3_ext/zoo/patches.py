@@ -19,6 +19,7 @@ from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import sb3_ext
+from sb3_ext.hub import pictures
 from sb3_ext.zoo.registry import ALGORITHMS
 
 
@@ -137,6 +138,32 @@ def find_ffmpeg(push_to_hub: Any) -> None:
     push_to_hub._generate_replay = generate_replay
 
 
+def draw_pictures(push_to_hub: Any) -> None:
+    """Pictures that an algorithm has beside the video are drawn where the agent is evaluated for its model card,"""
+    original = push_to_hub._evaluate_agent
+
+    @functools.wraps(original)
+    def evaluate(model: Any, eval_env: Any, n_eval_episodes: int, is_deterministic: bool, local_path: Path) -> Any:
+        result = original(model, eval_env, n_eval_episodes, is_deterministic, local_path)
+        pictures.draw(model, eval_env, is_deterministic, Path(local_path))
+        return result
+
+    push_to_hub._evaluate_agent = evaluate
+
+
+def show_pictures(repocard: Any) -> None:
+    """and shown by the card, to which ``rl_zoo3.push_to_hub`` adds nothing after its text but metadata, with this function."""
+    original = repocard.metadata_save
+
+    @functools.wraps(original)
+    def save(local_path: Any, data: Any) -> None:
+        with Path(local_path).open("a", encoding="utf-8") as card:
+            card.write(pictures.section(Path(local_path).parent))
+        original(local_path, data)
+
+    repocard.metadata_save = save
+
+
 def raise_error_of_requests(load_from_hub: Any) -> None:
     """
     ``rl_zoo3.load_from_hub`` takes an ``HTTPError`` of requests for "no such file", for agents trained without VecNormalize;
@@ -158,8 +185,9 @@ def raise_error_of_requests(load_from_hub: Any) -> None:
 
 
 PATCHES: dict[str, tuple[Callable[[Any], None], ...]] = {
+    "huggingface_hub.repocard": (show_pictures,),
     "huggingface_sb3.load_from_hub": (raise_error_of_requests,),
-    "huggingface_sb3.push_to_hub": (supply_generate_metadata, find_ffmpeg),
+    "huggingface_sb3.push_to_hub": (supply_generate_metadata, find_ffmpeg, draw_pictures),
     "rl_zoo3.exp_manager": (find_own_hyperparameters, report_unusable_data),
     "rl_zoo3.hyperparams_opt": (register_search_spaces,),
     "rl_zoo3.import_envs": (register_environments, register_minatar),

@@ -13,12 +13,15 @@ class Algorithm(NamedTuple):
         ``sampler(trial, n_actions, n_envs, additional_args) -> hyperparameters``
     :param converter: Turns the stored parameters of a trial into hyperparameters, for ``--trial-id``:
         ``converter(sampled_params) -> hyperparameters``
+    :param pictures: Draws what the model card shows beside the video, if there is such a thing:
+        ``pictures(model, vec_env, deterministic) -> {name: matplotlib figure}``
     """
 
     key: str
     class_path: str
     sampler: str
     converter: str
+    pictures: str | None = None
 
 
 ALGORITHMS = (
@@ -71,6 +74,7 @@ ALGORITHMS = (
         "sb3_ext.algos.option_critic:OptionCritic",
         "sb3_ext.zoo.search_spaces:sample_option_critic_params",
         "rl_zoo3.hyperparams_opt:convert_offpolicy_params",
+        "sb3_ext.algos.option_critic.plot:pictures",
     ),
     Algorithm(
         "sac_discrete",

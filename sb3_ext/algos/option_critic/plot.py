@@ -152,6 +152,22 @@ def _draw_walls(axes: Any, rooms: FourRooms) -> None:
     axes.set(xticks=[], yticks=[])
 
 
+def pictures(model: OptionCritic, env: VecEnv, deterministic: bool, n_episodes: int = 20) -> dict[str, Figure]:
+    """
+    :param model: That acts
+    :param env: One environment
+    :param deterministic: See :meth:`OptionCriticPolicy.predict`
+    :param n_episodes: Number of episodes to play
+    :return: The pictures, by file name without its ending
+    """
+    episodes = play(model, env, n_episodes, deterministic)
+    figures = {"options-timeline": draw_timeline(episodes, model.n_options)}
+    rooms = env.get_attr("unwrapped")[0]
+    if isinstance(rooms, FourRooms):
+        figures["options-rooms"] = draw_four_rooms(model, rooms, episodes)
+    return figures
+
+
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     from sb3_ext.zoo.agents import add_choice_of_agent
 
@@ -184,15 +200,10 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(error.exit_status)
     model, env, _ = load_agent(args, model_path, log_path)
     assert isinstance(model, OptionCritic)
-    episodes = play(model, env, args.n_episodes, deterministic=not args.stochastic)
-    figures = {"timeline": draw_timeline(episodes, model.n_options)}
-    (rooms,) = env.get_attr("unwrapped")
-    if isinstance(rooms, FourRooms):
-        figures["rooms"] = draw_four_rooms(model, rooms, episodes)
     folder = args.output or Path(log_path)
     folder.mkdir(parents=True, exist_ok=True)
-    for name, figure in figures.items():
-        path = folder / f"options-{name}.png"
+    for name, figure in pictures(model, env, not args.stochastic, args.n_episodes).items():
+        path = folder / f"{name}.png"
         figure.savefig(path, dpi=120)
         plt.close(figure)
         print(path)

@@ -1,7 +1,7 @@
 import argparse
 from pathlib import Path
 
-from benchmarks import cases, results
+from benchmarks import cases, four_rooms, results
 from benchmarks.peers import DEFAULT_FOLDER, PEERS, install
 
 
@@ -54,6 +54,14 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--sampled-from", type=int, default=20_000, help="transitions in the buffers that are sampled from")
     verb.add_argument("--rounds", type=int, default=7)
     verb.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
+
+    verb = verbs.add_parser("rooms", help="Option-Critic, a flat actor-critic and SARSA where the goal moves")
+    verb.add_argument(
+        "--labels", nargs="+", default=list(four_rooms.AGENTS), choices=list(four_rooms.AGENTS), help="default: all"
+    )
+    verb.add_argument("--seeds", type=int, default=20, help="number of seeds")
+    verb.add_argument("--first-seed", type=int, default=1)
+    verb.add_argument("--episodes", type=int, default=four_rooms.N_EPISODES)
 
     verb = verbs.add_parser("report", help="tables and figures out of the results, into docs/results")
     verb.add_argument("--out", type=Path, default=results.PROJECT / "docs" / "results")
@@ -127,6 +135,10 @@ def frames(args: argparse.Namespace) -> None:
     row = measure(args.transitions, args.sampled_from, args.rounds, args.seconds)
     results.append(results.path_of("q_learning"), row)
     print(summary(row))
+
+
+def rooms(args: argparse.Namespace) -> None:
+    four_rooms.run_missing(args.labels, range(args.first_seed, args.first_seed + args.seeds), args.episodes)
 
 
 def report(args: argparse.Namespace) -> None:

@@ -257,6 +257,56 @@ def memory_section(rows: list[Row]) -> str:
     )
 
 
+def four_rooms_section(rows: list[Row], path: Path) -> str:
+    """:return: table of episode lengths before and after the goal moves, and the name of the figure"""
+    from benchmarks.four_rooms import GOAL_MOVES_AFTER, WINDOWS
+
+    by_label = grouped(rows, "label")
+    lines = []
+    for (label,), of_label in by_label.items():
+        lengths = np.array([row["lengths"] for row in of_label])
+        windows = [mean_and_error(lengths[:, first:last].mean(axis=1)) for first, last in WINDOWS]
+        lines.append(
+            [label, str(len(of_label)), *windows, f"{statistics.median(row['wall_time_s'] for row in of_label) / 60:.1f}"]
+        )
+    plot_lengths(by_label, GOAL_MOVES_AFTER, path)
+    header = ["", "seeds", *(f"episodes {first} to {last}" for first, last in WINDOWS), "minutes"]
+    return "\n\n".join(
+        [
+            "### Four Rooms",
+            f"Mean steps to the goal, which moves after episode {GOAL_MOVES_AFTER} (± standard error over the seeds).",
+            table(header, lines),
+            f"![Steps to the goal](../results/{path.name})",
+            provenance(rows, "command"),
+        ]
+    )
+
+
+def plot_lengths(by_label: dict[tuple[Any, ...], list[Row]], moves_after: int, path: Path) -> None:
+    """
+    Steps to the goal, as means over seeds and 20 episodes.
+
+    :param by_label: Rows by label
+    :param moves_after: The episode after which the goal moves
+    :param path: PNG to write
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for (label,), rows in by_label.items():
+        lengths = np.mean([row["lengths"] for row in rows], axis=0)
+        smooth = lengths[: len(lengths) // 20 * 20].reshape(-1, 20).mean(axis=1)
+        axes.plot(20 * np.arange(len(smooth)) + 10, smooth, label=label)
+    axes.axvline(moves_after, color="black", linestyle="--", linewidth=1)
+    axes.set(title="FourRooms-v0", xlabel="episode", ylabel="steps to the goal", yscale="log")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
 def frames_section(rows: list[Row]) -> str:
     """:return: table of the latest measurement of the replay buffer that stores every frame once"""
     row = rows[-1]
@@ -302,6 +352,8 @@ def write(path: Path, folder: Path) -> Path:
         "memory": memory_section,
         "frames": frames_section,
     }
+    if ("four rooms",) in rows:
+        sections.append(four_rooms_section(rows[("four rooms",)], folder / f"{path.stem}-four-rooms.png"))
     sections += [make(rows[(kind,)]) for kind, make in makers.items() if (kind,) in rows]
     page = folder / f"{path.stem}.md"
     page.write_text("\n\n".join(sections) + "\n")

@@ -14,7 +14,7 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from benchmarks import cases, data, frames, results
+from benchmarks import cases, data, four_rooms, frames, results
 from benchmarks.on_policy import StableBaselines
 from benchmarks.peers import DEFAULT_FOLDER, PEERS, RemoteAgent, Worker
 from benchmarks.report import frames_section, interquartile_mean, normalized, write
@@ -310,6 +310,35 @@ def test_frame_memory_is_measured():
     assert 0.5 < row["resident_bytes"] / row["array_bytes"] < 2
     assert row["array_bytes_of_a_million"] < 7.5e9 < 56e9 < row["sb3_bytes_of_a_million"]
     assert "7.44 GB" in frames_section([{**row, "command": "c"}])
+
+
+def test_four_rooms_agents_play_as_many_episodes_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(results, "FOLDER", tmp_path)
+    labels = ["4 options", "SARSA"]
+    four_rooms.run_missing(labels, range(1, 3), 3)
+    rows = results.read(tmp_path / "option_critic.jsonl")
+    assert [(row["label"], row["seed"]) for row in rows] == [(label, seed) for label in labels for seed in (1, 2)]
+    assert all(len(row["lengths"]) == 3 and all(0 < length <= 1000 for length in row["lengths"]) for row in rows)
+    # What is there is not done again, and the same seed does the same
+    four_rooms.run_missing(labels, range(1, 3), 3)
+    assert len(results.read(tmp_path / "option_critic.jsonl")) == 4
+    assert [four_rooms.run(row["label"], row["seed"], 3)["lengths"] for row in rows] == [row["lengths"] for row in rows]
+
+
+def test_sarsa_learns_four_rooms():
+    lengths = four_rooms.sarsa(seed=0, n_episodes=200)
+    assert np.mean(lengths[:10]) > 60 > 40 > np.mean(lengths[150:])
+
+
+def test_report_of_four_rooms(tmp_path: Path):
+    lengths = [100] * 900 + [10] * 100 + [50] * 1000
+    path = tmp_path / "option_critic.jsonl"
+    for seed in (1, 2):
+        row = {"kind": "four rooms", "label": "SARSA", "seed": seed, "lengths": lengths, "wall_time_s": 60.0, "command": "c"}
+        results.append(path, {**row, **results.stamp()})
+    page = write(path, tmp_path / "out").read_text()
+    assert "| SARSA | 2 | 10.0 ± 0.0 | 50.0 ± 0.0 |" in page
+    assert (tmp_path / "out" / "option_critic-four-rooms.png").is_file()
 
 
 class InRollouts:

@@ -73,12 +73,14 @@ class Contender:
     :param settings: Constructor arguments
     :param like_zoo: Whether the settings of the zoo for the environment hold wherever ``settings`` says nothing
     :param sb3_collector: Whether to collect with SB3's collector instead of the algorithm's own
+    :param n_envs: Number of environments, if not that of the case
     """
 
     algo: str
     settings: dict[str, Any] = field(default_factory=dict)
     like_zoo: bool = False
     sb3_collector: bool = False
+    n_envs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ class OnPolicyCase:
         return {
             "measured": self.measured,
             **{key: getattr(self, key) for key in (of_rollout if self.measured == "train" else of_env)},
+            **({} if contender.n_envs is None else {"n_envs": contender.n_envs}),
             "algo": contender.algo,
             "settings": self._settings(contender),
             "sb3_collector": contender.sb3_collector,
@@ -282,6 +285,12 @@ def _cartpole(name: str, ours: Contender) -> OnPolicyCase:
     return OnPolicyCase(f"learn-cartpole-{name}", "learn", contenders, "CartPole-v1", 8)
 
 
+def _option_critic(n_envs: int) -> OnPolicyCase:
+    settings = {**_MLP, "n_options": 2, "batch_size": 32, "train_freq": 4 // min(n_envs, 4)}
+    contenders = {"ours": Contender("option_critic", settings, n_envs=n_envs), "sb3": Contender("dqn", like_zoo=True)}
+    return OnPolicyCase(f"learn-cartpole-option-critic-{n_envs}", "learn", contenders, "CartPole-v1")
+
+
 def _cartpole_dqn(algo: str) -> OnPolicyCase:
     contenders = {"ours": Contender(algo, like_zoo=True), "sb3": Contender("dqn", like_zoo=True)}
     return OnPolicyCase(f"learn-cartpole-{algo.replace('_', '-')}", "learn", contenders, "CartPole-v1")
@@ -300,6 +309,8 @@ ON_POLICY_CASES = [
     _cartpole("npg", Contender("npg", like_zoo=True)),
     _cartpole_dqn("ddqn"),
     _cartpole_dqn("dueling_ddqn"),
+    _option_critic(1),
+    _option_critic(8),
     OnPolicyCase("learn-halfcheetah-trpo", "learn", _BOTH_TRPO, "HalfCheetah-v5"),
     *_train("trpo", _BOTH_TRPO),
     *_train("npg-full", {"ours": Contender("npg", _FULL), "tianshou": Contender("NPG", _TIANSHOU_FULL)}),

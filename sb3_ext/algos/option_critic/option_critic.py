@@ -21,7 +21,7 @@ from stable_baselines3.common.utils import (
 )
 from torch.nn import functional as F
 
-from sb3_ext.algos.option_critic.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, OptionCriticPolicy, Step
+from sb3_ext.algos.option_critic.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, OptionCriticPolicy, Outputs, Step
 from sb3_ext.algos.option_critic.statistics import OptionStatistics
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.observations import map_observations
@@ -36,7 +36,7 @@ class Transitions(NamedTuple):
 
     :param observations: (batch, ...)
     :param options: In force, counted from 0, (batch, 1)
-    :param actions: As the option's distribution gave them, (batch, ...)
+    :param actions: As drawn by the option, Discrete ones counted from 0, (batch, action_dim), or (batch, 1)
     :param rewards: (batch, 1)
     :param next_observations: (batch, ...)
     :param dones: 1 where the next state is terminal; a time limit is not terminal, (batch, 1)
@@ -181,7 +181,7 @@ class OptionCritic(OffPolicyAlgorithm):
         self.exploration_rate = exploration_initial_eps
         self.policy_kwargs = {**self.policy_kwargs, "n_options": n_options}
         self._n_calls = 0
-        self._rollout: list[Transitions] = []
+        self._rollout: list[tuple[Any, ...]] = []
         if _init_setup_model:
             self._setup_model()
 
@@ -221,18 +221,23 @@ class OptionCritic(OffPolicyAlgorithm):
 
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         self._rollout = []
-        self.policy.set_training_mode(False)
+        # The parameters stay as they are until its end
+        self._outputs = self.policy.outputs_in_numpy() or self._outputs_in_torch
         return super().collect_rollouts(*args, **kwargs)
+
+    def _outputs_in_torch(self, obs: Any) -> Outputs:
+        return self.policy.outputs(obs_as_tensor(obs, self.device))
 
     def _sample_action(self, learning_starts: int, action_noise: Any = None, n_envs: int = 1) -> tuple[np.ndarray, np.ndarray]:
         """:return: actions for the environments, and the options for the replay buffer, (n_envs, 1)"""
         assert self._last_obs is not None and self._last_episode_starts is not None
         is_start = np.asarray(self._last_episode_starts)
-        obs = obs_as_tensor(self._last_obs, self.device)
-        self._step: Step = self.policy.decide(obs, self._options, is_start, False, self.exploration_rate)
+        obs: Any = self._last_obs
+        outputs = self._outputs(obs)
+        self._step: Step = self.policy.decide(outputs, self._options, is_start, False, self.exploration_rate)
         self._options = self._step.options
         self._statistics.add(self._options, self._step.is_chosen, self._step.terminations, is_start)
-        actions = self.policy.to_env(self._step.actions).cpu().numpy()
+        actions = self.policy.to_env(self._step.actions)
         if isinstance(self.action_space, spaces.Box):
             actions = self.policy.unscale_action(actions.reshape(-1, *self.action_space.shape))
         return actions, self._options.reshape(-1, 1)
@@ -247,16 +252,9 @@ class OptionCritic(OffPolicyAlgorithm):
         infos: list[dict[str, Any]],
     ) -> None:
         is_terminal = dones & ~np.array([info.get("TimeLimit.truncated", False) for info in infos])
-        self._rollout.append(
-            Transitions(
-                self._last_obs,
-                th.as_tensor(buffer_action),
-                self._step.actions,
-                th.as_tensor(reward, dtype=th.float32).unsqueeze(1),
-                _with_last_observations(new_obs, dones, infos),
-                th.as_tensor(is_terminal, dtype=th.float32).unsqueeze(1),
-            )
-        )
+        next_obs = _with_last_observations(new_obs, dones, infos)
+        rewards, terminals = reward.astype(np.float32)[:, None], is_terminal.astype(np.float32)[:, None]
+        self._rollout.append((self._last_obs, buffer_action, self._step.actions, rewards, next_obs, terminals))
         self._last_episode_starts = dones
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
@@ -281,16 +279,12 @@ class OptionCritic(OffPolicyAlgorithm):
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
         self._update_learning_rates()
-        critic_losses = []
-        for _ in range(gradient_steps - 1):
-            critic_losses.append(self._critic_loss(self._sample(batch_size)))
-            self.policy.flat_critic.minimize(critic_losses[-1], self.policy.critic_optimizer, self.max_grad_norm)
-        critic_losses.append(self._critic_loss(self._sample(batch_size)))
-        losses = self._update_all(critic_losses[-1], self._latest_rollout())
+        critic_losses = [self._update_values(self._sample(batch_size)) for _ in range(gradient_steps - 1)]
+        losses = self._update_all(self._sample(batch_size), self._latest_rollout())
 
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        losses["critic_loss"] = th.stack([loss.detach() for loss in critic_losses]).mean()
+        losses["critic_loss"] = th.stack([*critic_losses, losses["critic_loss"]]).mean()
         for name, loss in losses.items():
             value = loss.item()
             if not np.isfinite(value):
@@ -312,96 +306,126 @@ class OptionCritic(OffPolicyAlgorithm):
 
     def _latest_rollout(self) -> Transitions:
         """:return: all transitions of the rollout in one batch, on the device"""
-        columns = zip(*self._rollout, strict=True)
-        obs, options, actions, rewards, next_obs, dones = columns
-        return Transitions(
-            obs_as_tensor(map_observations(lambda *arrays: np.concatenate(arrays), *obs), self.device),
-            th.cat(options).to(self.device),
-            th.cat(actions),
-            th.cat(rewards).to(self.device),
-            obs_as_tensor(map_observations(lambda *arrays: np.concatenate(arrays), *next_obs), self.device),
-            th.cat(dones).to(self.device),
-        )
 
-    def _update_all(self, critic_loss: th.Tensor, rollout: Transitions) -> dict[str, th.Tensor]:
-        """:return: the losses of policies and terminations, and the policies' entropy"""
-        policy, is_shared = self.policy, not self.detach_heads
-        actor_loss, entropy = self._actor_loss(rollout)
-        termination_loss = self._termination_loss(rollout)
+        def concatenate(*arrays: np.ndarray) -> np.ndarray:
+            batch = np.concatenate(arrays)
+            # Discrete observations, to which replay buffers give a dimension
+            return batch[:, None] if batch.ndim == 1 else batch
+
+        columns: Any = (
+            obs_as_tensor(map_observations(concatenate, *column), self.device) for column in zip(*self._rollout, strict=True)
+        )
+        return Transitions(*columns)
+
+    def _update_values(self, replay_data: ReplayBufferSamples) -> th.Tensor:
+        """:return: the loss before the update"""
+        _, next_values, terminations = self._evaluate_next(replay_data.next_observations)
+        options = replay_data.actions
+        target_values = self._target(options, replay_data.rewards, replay_data.dones, next_values, terminations)
+        loss = self._critic_loss(replay_data.observations, options, target_values)
+        self.policy.flat_critic.minimize(loss, self.policy.critic_optimizer, self.max_grad_norm)
+        return loss.detach()
+
+    def _update_all(self, replay_data: ReplayBufferSamples, rollout: Transitions) -> dict[str, th.Tensor]:
+        """:return: the losses before the update, and the entropy of the policies"""
+        policy, n_replayed = self.policy, len(replay_data.rewards)
+        # The next states of both in one pass: with small networks it is the calls that take time
+        next_hidden, next_values, terminations = self._evaluate_next(
+            map_observations(lambda *batches: th.cat(batches), replay_data.next_observations, rollout.next_observations)
+        )
+        target_values = self._target(
+            th.cat([replay_data.actions, rollout.options]),
+            th.cat([replay_data.rewards, rollout.rewards]),
+            th.cat([replay_data.dones, rollout.dones]),
+            next_values,
+            terminations,
+        )
+        critic_loss = self._critic_loss(replay_data.observations, replay_data.actions, target_values[:n_replayed])
+        with th.set_grad_enabled(not self.detach_heads):
+            hidden = policy.critic.hidden(rollout.observations)
+            next_hidden = next_hidden[n_replayed:] if self.detach_heads else policy.critic.hidden(rollout.next_observations)
+        actor_loss, entropy = self._actor_loss(rollout, hidden, target_values[n_replayed:])
+        termination_loss = self._termination_loss(rollout, next_hidden)
+
         # All gradients before the first step, because all belong to the present parameters
+        is_shared = not self.detach_heads
         policy.flat_actor.backward(actor_loss, retain_graph=is_shared)
         policy.flat_termination.backward(termination_loss, retain_graph=is_shared)
         policy.flat_critic.backward(critic_loss + actor_loss + termination_loss if is_shared else critic_loss)
         policy.flat_actor.step(policy.actor_optimizer, self.max_grad_norm)
         policy.flat_termination.step(policy.termination_optimizer, self.max_grad_norm)
         policy.flat_critic.step(policy.critic_optimizer, self.max_grad_norm)
-        return {"actor_loss": actor_loss, "termination_loss": termination_loss, "entropy": entropy}
-
-    def _critic_loss(self, replay_data: ReplayBufferSamples) -> th.Tensor:
-        """
-        :param replay_data: A batch with options in the place of actions
-        :return: Half the mean squared error of the values of the options that were in force. No Huber loss: options act at
-            random, and values are means, not medians, of what follows.
-        """
-        values = self.policy.critic(replay_data.observations).gather(1, replay_data.actions)
-        target_values = self._target(
-            replay_data.actions, replay_data.rewards, replay_data.next_observations, replay_data.dones
-        )
-        return 0.5 * F.mse_loss(values, target_values)
+        losses = {"critic_loss": critic_loss, "actor_loss": actor_loss, "termination_loss": termination_loss}
+        return {**{name: loss.detach() for name, loss in losses.items()}, "entropy": entropy}
 
     @th.no_grad()
-    def _target(self, options: th.Tensor, rewards: th.Tensor, next_observations: Any, dones: th.Tensor) -> th.Tensor:
+    def _evaluate_next(self, next_observations: Any) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
+        """
+        :param next_observations: (batch, ...)
+        :return: What the heads see there, (batch, hidden_dim); values of the options by the target network, and their
+            termination probabilities, (batch, n_options) each
+        """
+        hidden = self.policy.critic.hidden(next_observations)
+        return hidden, self.policy.critic_target(next_observations), self.policy.terminations(hidden)
+
+    def _target(
+        self,
+        options: th.Tensor,
+        rewards: th.Tensor,
+        dones: th.Tensor,
+        next_values: th.Tensor,
+        terminations: th.Tensor,
+    ) -> th.Tensor:
         """
         ``dones`` is set by termination only: a truncated episode goes on in the target.
 
         :param options: In force, (batch, 1)
         :param rewards: (batch, 1)
-        :param next_observations: (batch, ...)
         :param dones: (batch, 1)
+        :param next_values: Of all options in the next states, (batch, n_options)
+        :param terminations: Of all options in the next states, (batch, n_options)
         :return: ``r + gamma U(option, s')``, where U is the value of arriving in s' with the option: it goes on or ends there
             (Bacon et al. 2017, equation 3), (batch, 1)
         """
-        next_values = self.policy.critic_target(next_observations)
-        terminations = self.policy.terminations(self.policy.critic.hidden(next_observations)).gather(1, options)
+        termination = terminations.gather(1, options)
         if_it_goes_on, if_it_ends = next_values.gather(1, options), next_values.amax(dim=1, keepdim=True)
-        arrival_values = (1.0 - terminations) * if_it_goes_on + terminations * if_it_ends
+        arrival_values = (1.0 - termination) * if_it_goes_on + termination * if_it_ends
         return rewards + self.gamma * (1.0 - dones) * arrival_values
 
-    def _hidden(self, observations: Any) -> th.Tensor:
-        """:return: what policies and terminations see, without a way back to shared layers that they are not to train"""
-        if not self.detach_heads:
-            return self.policy.critic.hidden(observations)
-        with th.no_grad():
-            return self.policy.critic.hidden(observations)
+    def _critic_loss(self, observations: Any, options: th.Tensor, target_values: th.Tensor) -> th.Tensor:
+        """
+        :param observations: (batch, ...)
+        :param options: In force, (batch, 1)
+        :param target_values: (batch, 1)
+        :return: Half the mean squared error of the options' values. No Huber loss: options act at random, and values are
+            means, not medians, of what follows.
+        """
+        return 0.5 * F.mse_loss(self.policy.critic(observations).gather(1, options), target_values)
 
-    def _actor_loss(self, rollout: Transitions) -> tuple[th.Tensor, th.Tensor]:
+    def _actor_loss(self, rollout: Transitions, hidden: th.Tensor, target_values: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         """
         Intra-option policy gradient (Bacon et al. 2017, theorem 1) with the option's value as baseline. Actions are constants.
 
         :param rollout: The latest transitions
+        :param hidden: What the heads see, (batch, hidden_dim)
+        :param target_values: (batch, 1)
         :return: Loss, and mean entropy of the policies
         """
-        hidden = self._hidden(rollout.observations)
         with th.no_grad():
-            values = self.policy.critic.values(hidden).gather(1, rollout.options)
-            target_values = self._target(rollout.options, rollout.rewards, rollout.next_observations, rollout.dones)
-            advantages = (target_values - values).squeeze(1)
-        distribution = self.policy.distribution(hidden, rollout.options.squeeze(1))
-        entropies = distribution.entropy()
-        assert entropies is not None
+            advantages = (target_values - self.policy.critic.values(hidden).gather(1, rollout.options)).squeeze(1)
+        log_probs, entropies = self.policy.evaluate_options(hidden, rollout.options.squeeze(1), rollout.actions)
         entropy = entropies.mean()
-        loss = -(distribution.log_prob(rollout.actions) * advantages).mean() - self.ent_coef * entropy
-        return loss, entropy.detach()
+        return -(log_probs * advantages).mean() - self.ent_coef * entropy, entropy.detach()
 
-    def _termination_loss(self, rollout: Transitions) -> th.Tensor:
+    def _termination_loss(self, rollout: Transitions, next_hidden: th.Tensor) -> th.Tensor:
         """
         Termination gradient (Bacon et al. 2017, theorem 2): in the next state, for the option that was in force.
 
         :param rollout: The latest transitions
+        :param next_hidden: What the heads see in the next states, (batch, hidden_dim)
         :return: Mean of the termination probabilities, weighted by how much better the option is than the best one, plus the
             deliberation cost; terminal states do not count
         """
-        next_hidden = self._hidden(rollout.next_observations)
         with th.no_grad():
             next_values = self.policy.critic.values(next_hidden)
             advantages = next_values.gather(1, rollout.options) - next_values.amax(dim=1, keepdim=True)
@@ -438,7 +462,7 @@ class OptionCritic(OffPolicyAlgorithm):
         super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["batch_norm_stats", "batch_norm_stats_target", "_rollout", "_step", "_statistics", "_options"]
+        own = ["batch_norm_stats", "batch_norm_stats_target", "_rollout", "_outputs", "_step", "_statistics", "_options"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution, Distribution
 from stable_baselines3.common.policies import BaseModel, BasePolicy
-from stable_baselines3.common.preprocessing import get_action_dim
+from stable_baselines3.common.preprocessing import get_action_dim, is_image_space
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
@@ -22,7 +23,7 @@ from torch import nn
 
 from sb3_ext.common.conv_features import PreprocessingMixin
 from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
-from sb3_ext.common.mlp import MLP, mlp
+from sb3_ext.common.mlp import ACTIVATIONS, MLP, mlp
 
 
 class Step(NamedTuple):
@@ -30,16 +31,30 @@ class Step(NamedTuple):
     What is decided in a batch of states.
 
     :param options: The option in force, counted from 0, (batch,)
-    :param actions: As the option's distribution gave them: Discrete actions counted from 0, (batch,), or Box actions in units
-        of half the action range, which can leave [-1, 1], (batch, action_dim)
+    :param actions: As drawn: Discrete actions counted from 0, (batch,), or Box actions in units of half the action range,
+        which can leave [-1, 1], (batch, action_dim)
     :param is_chosen: Whether the option was chosen in this state, (batch,)
     :param terminations: Probability that the option in force before ends in this state, (batch,)
     """
 
     options: np.ndarray
-    actions: th.Tensor
+    actions: np.ndarray
     is_chosen: np.ndarray
     terminations: np.ndarray
+
+
+class Outputs(NamedTuple):
+    """
+    What the networks say about a batch of states.
+
+    :param values: Of the options, (batch, n_options)
+    :param terminations: Probability of each option to end, (batch, n_options)
+    :param actions: Parameters of the options' distributions: logits or means, (batch, n_options, action_dim)
+    """
+
+    values: np.ndarray
+    terminations: np.ndarray
+    actions: np.ndarray
 
 
 class OptionValues(PreprocessingMixin, BaseModel):
@@ -150,11 +165,8 @@ class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
         self.temperature = temperature
         self.log_std_init = log_std_init
         self.head_bias = head_bias
-        self.action_dist: Distribution = (
-            DiagGaussianDistribution(get_action_dim(action_space))
-            if isinstance(action_space, spaces.Box)
-            else CategoricalDistribution(int(action_space.n))
-        )
+        is_box = isinstance(action_space, spaces.Box)
+        self.action_dim = get_action_dim(action_space) if is_box else int(action_space.n)  # type: ignore[union-attr]
         # What predict() was given, for _predict(), and the options that this chose
         self._given: tuple[Any, Any] = (None, None)
         self._options = np.zeros(0, np.int64)
@@ -174,11 +186,10 @@ class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
         self.critic_target.requires_grad_(False)
         self.critic_target.set_training_mode(False)
         self.termination_net = _head(self.critic.hidden_dim, self.n_options, self.head_bias)
-        action_dim = self.action_dist.action_dim  # type: ignore[attr-defined]
-        self.actor = _head(self.critic.hidden_dim, self.n_options * action_dim, self.head_bias)
+        self.actor = _head(self.critic.hidden_dim, self.n_options * self.action_dim, self.head_bias)
         self.log_std = None
         if isinstance(self.action_space, spaces.Box):
-            self.log_std = nn.Parameter(th.full((self.n_options, action_dim), self.log_std_init))
+            self.log_std = nn.Parameter(th.full((self.n_options, self.action_dim), self.log_std_init))
 
         self.flat_critic = FlatParameters(self.critic)
         self.flat_termination = FlatParameters(self.termination_net)
@@ -204,19 +215,71 @@ class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
         :param options: One for each state, counted from 0, (batch,)
         :return: The options' distributions of actions
         """
-        outputs = self.actor(hidden).unflatten(1, (self.n_options, -1))[th.arange(len(options)), options]
+        outputs = self._option_outputs(hidden, options)
         if self.log_std is None:
-            return self.action_dist.proba_distribution(action_logits=outputs / self.temperature)
-        return self.action_dist.proba_distribution(outputs, self.log_std[options])
+            return CategoricalDistribution(self.action_dim).proba_distribution(action_logits=outputs)
+        return DiagGaussianDistribution(self.action_dim).proba_distribution(outputs, self.log_std[options])
+
+    def evaluate_options(self, hidden: th.Tensor, options: th.Tensor, actions: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+        """
+        :param hidden: Of states, (batch, hidden_dim)
+        :param options: One for each state, counted from 0, (batch,)
+        :param actions: As drawn, (batch, action_dim), or (batch, 1) if they are Discrete
+        :return: Logarithms of their probabilities or densities, and entropies of the options' distributions, (batch,) each
+        """
+        if self.log_std is not None:
+            distribution = self.distribution(hidden, options)
+            return distribution.log_prob(actions), cast(th.Tensor, distribution.entropy())
+        # As SB3's distribution, which checks its arguments
+        log_probs = self._option_outputs(hidden, options).log_softmax(dim=1)
+        return log_probs.gather(1, actions).squeeze(1), -(log_probs.exp() * log_probs).sum(dim=1)
+
+    def _option_outputs(self, hidden: th.Tensor, options: th.Tensor) -> th.Tensor:
+        outputs = self.actor(hidden).unflatten(1, (self.n_options, -1))[th.arange(len(options)), options]
+        return outputs / self.temperature if self.log_std is None else outputs
 
     @th.no_grad()
+    def outputs(self, obs: PyTorchObs) -> Outputs:
+        """
+        :param obs: Batch of observations
+        :return: What the networks say
+        """
+        hidden = self.critic.hidden(obs)
+        arrays = (self.critic.values(hidden), self.terminations(hidden), self.actor(hidden).unflatten(1, (self.n_options, -1)))
+        return Outputs(*(array.cpu().numpy() for array in arrays))
+
+    def outputs_in_numpy(self) -> Callable[[np.ndarray], Outputs] | None:
+        """
+        For a handful of rows, where calling numpy costs less than calling torch.
+
+        :return: As ``outputs``, for arrays of vectors, with the parameters as they are when it is called; None if these
+            networks cannot be computed so
+        """
+        trunk = cast(MLP, self.critic.trunk[0]) if isinstance(self.critic.trunk, nn.Sequential) else None
+        networks = [cast(MLP, self.critic.values), self.termination_net, self.actor, *([] if trunk is None else [trunk])]
+        is_vector = isinstance(self.observation_space, spaces.Box) and not is_image_space(self.observation_space)
+        is_flat = is_vector and type(self.critic.features_extractor) is FlattenExtractor and self.device.type == "cpu"
+        if not (is_flat and self.activation_fn in ACTIVATIONS and all(network.is_plain for network in networks)):
+            return None
+        values, terminations, actor, *hidden = (network.as_numpy() for network in networks)
+        activate = ACTIVATIONS[self.activation_fn].numpy_in_place
+
+        def outputs(obs: np.ndarray) -> Outputs:
+            inputs = obs.reshape(len(obs), -1).astype(np.float32, copy=False)
+            for layers in hidden:
+                inputs = activate(layers(inputs))
+            odds = np.exp(-terminations(inputs))
+            return Outputs(values(inputs), 1.0 / (1.0 + odds), actor(inputs).reshape(len(obs), self.n_options, -1))
+
+        return outputs
+
     def decide(
-        self, obs: PyTorchObs, options: np.ndarray, is_start: np.ndarray, deterministic: bool, epsilon: float = 0.0
+        self, outputs: Outputs, options: np.ndarray, is_start: np.ndarray, deterministic: bool, epsilon: float = 0.0
     ) -> Step:
         """
         Call and return: the option in force ends or goes on, where it has ended another one is chosen, and the option acts.
 
-        :param obs: Batch of observations
+        :param outputs: Of the networks for a batch of states
         :param options: The option in force before, counted from 0, (batch,); of no meaning at the start of an episode
         :param is_start: Whether an episode starts, (batch,)
         :param deterministic: Whether to end options whose termination probability is above 1/2, and to take the most likely
@@ -224,26 +287,32 @@ class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
         :param epsilon: Probability that the chosen option is drawn at random instead of being the one of the highest value
         :return: What is decided
         """
-        hidden = self.critic.hidden(obs)
-        values, terminations = self.critic.values(hidden).cpu().numpy(), self.terminations(hidden).cpu().numpy()
-        of_options = terminations[np.arange(len(options)), options]
-        has_ended = of_options > 0.5 if deterministic else np.random.random(len(options)) < of_options
+        n, rows = len(options), np.arange(len(options))
+        terminations = outputs.terminations[rows, options]
+        has_ended = terminations > 0.5 if deterministic else np.random.random(n) < terminations
         is_chosen = has_ended | is_start
-        best = values.argmax(axis=1)
+        best = outputs.values.argmax(axis=1)
         if epsilon > 0.0:
-            is_random = np.random.random(len(options)) < epsilon
-            best = np.where(is_random, np.random.randint(self.n_options, size=len(options)), best)
+            best = np.where(np.random.random(n) < epsilon, np.random.randint(self.n_options, size=n), best)
         options = np.where(is_chosen, best, options)
-        distribution = self.distribution(hidden, th.as_tensor(options, device=hidden.device))
-        return Step(options, distribution.get_actions(deterministic), is_chosen, of_options)
+        return Step(options, self._draw(outputs.actions[rows, options], options, deterministic), is_chosen, terminations)
 
-    def to_env(self, actions: th.Tensor) -> th.Tensor:
+    def _draw(self, outputs: np.ndarray, options: np.ndarray, deterministic: bool) -> np.ndarray:
+        """:return: actions of the options"""
+        if self.log_std is not None:
+            std = np.exp(self.log_std.detach().cpu().numpy()[options])
+            return outputs if deterministic else outputs + std * np.random.standard_normal(outputs.shape).astype(np.float32)
+        # The largest of logits plus Gumbel noise is a draw from their softmax
+        noise = 0.0 if deterministic else np.random.gumbel(size=outputs.shape)
+        return (outputs / self.temperature + noise).argmax(axis=1)
+
+    def to_env(self, actions: np.ndarray) -> np.ndarray:
         """
-        :param actions: As distributions give them
+        :param actions: As drawn
         :return: Discrete actions as the environment counts them, Box actions clipped to [-1, 1]
         """
         if isinstance(self.action_space, spaces.Box):
-            return actions.clamp(-1.0, 1.0)
+            return actions.clip(-1.0, 1.0)
         return actions + int(self.action_space.start)  # type: ignore[attr-defined]
 
     def predict(
@@ -273,9 +342,9 @@ class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
         state, episode_start = self._given
         any_observation = next(iter(observation.values())) if isinstance(observation, dict) else observation
         options, is_start = self._unpack(state, episode_start, len(any_observation))
-        step = self.decide(observation, options, is_start, deterministic)
+        step = self.decide(self.outputs(observation), options, is_start, deterministic)
         self._given, self._options = (None, None), step.options
-        return self.to_env(step.actions)
+        return th.as_tensor(self.to_env(step.actions))
 
     def _unpack(self, state: Any, episode_start: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
         """:return: options and episode starts of ``n`` observations"""
@@ -315,7 +384,7 @@ class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
         }
 
 
-def _head(input_dim: int, output_dim: int, bias: bool) -> nn.Module:
+def _head(input_dim: int, output_dim: int, bias: bool) -> MLP:
     linear = nn.Linear(input_dim, output_dim, bias)
     # Nearly zero, as the last layer of SB3's policies: options begin undecided
     nn.init.orthogonal_(linear.weight, gain=0.01)

@@ -204,7 +204,12 @@ def test_shared_layers_learn_from_the_heads_only_if_asked(detach_heads):
         device="cpu",
     )
     rollout, _ = all_transitions()
+    # Layers that see different things in the present state and in the next one
+    for head in (model.policy.actor, model.policy.termination_net, model.policy.critic.values):
+        head[0].weight.data.normal_()
     before = [parameter.clone() for parameter in model.policy.critic.parameters()]
+    heads = [*model.policy.actor.parameters(), *model.policy.termination_net.parameters()]
+    heads_before, heads_gradients = [head.clone() for head in heads], th.autograd.grad(sum(losses_of(model, rollout)), heads)
     critic_loss = model._critic_loss(rollout.observations, rollout.options, target_of(model, rollout))
     loss = critic_loss if detach_heads else critic_loss + sum(losses_of(model, rollout))
     gradients = th.autograd.grad(loss, list(model.policy.critic.parameters()))
@@ -212,6 +217,35 @@ def test_shared_layers_learn_from_the_heads_only_if_asked(detach_heads):
     model._update_all(rollout._replace(actions=rollout.options), rollout)
     for parameter, old, gradient in zip(model.policy.critic.parameters(), before, gradients, strict=True):
         th.testing.assert_close(parameter.detach(), old - 0.1 * gradient, rtol=1e-4, atol=1e-6)
+    for parameter, old, gradient in zip(heads, heads_before, heads_gradients, strict=True):
+        th.testing.assert_close(parameter.detach(), old - 0.1 * gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_target_network_gives_the_target():
+    """With a frozen target network the values are those of one step; the network itself would give 1 / (1 - 0.9) = 10."""
+
+    class Constant(Lasts):
+        def step(self, action):
+            return *super().step(action)[:2], False, self.time == self.length, {}
+
+    model = OptionCritic(
+        "MlpPolicy",
+        Constant(50),
+        n_options=2,
+        learning_rate=lambda progress: 0.05 * progress,
+        gamma=0.9,
+        tau=0.0,
+        policy_kwargs={"net_arch": []},
+        seed=0,
+        device="cpu",
+    )
+    model.policy.critic_target.values[0].bias.data.copy_(th.tensor([2.0, 3.0]))
+    model.learn(2000)
+    with th.no_grad():
+        obs = th.zeros(1, 1)
+        ends = model.policy.terminations(model.policy.critic.hidden(obs))
+        expected = 1 + 0.9 * ((1 - ends) * th.tensor([[2.0, 3.0]]) + ends * 3.0)
+        th.testing.assert_close(model.policy.critic(obs), expected, rtol=0.02, atol=0.02)
 
 
 class Lasts(gym.Env):

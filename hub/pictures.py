@@ -21,12 +21,9 @@ def draw(model: Any, env: Any, deterministic: bool, folder: Path) -> None:
     """
     for algorithm in ALGORITHMS:
         if algorithm.pictures is not None and type(model) is resolve_name(algorithm.class_path):
-            from matplotlib import pyplot as plt
-
             figures = resolve_name(algorithm.pictures)(model, env, deterministic)
             for name, figure in figures.items():
                 figure.savefig(folder / f"{name}.png", dpi=120)
-                plt.close(figure)
             _drawn[folder.resolve()] = list(figures)
 
 

@@ -7,7 +7,6 @@ import gymnasium
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
-from matplotlib import pyplot as plt
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -47,7 +46,6 @@ def test_pictures_of_four_rooms(observation):
     figure = plot.draw_four_rooms(model, four_rooms, episodes)
     # Three pictures for each option, and the scales of two of them
     assert len(figure.axes) == 3 * 3 + 2 * 3
-    plt.close(figure)
 
 
 def test_shares_by_hand():
@@ -66,7 +64,6 @@ def test_timeline_shows_each_step_and_return():
     axes = figure.axes[0]
     np.testing.assert_array_equal(axes.images[0].get_array().filled(np.nan), [[0, 1, np.nan], [1, 1, 0]])
     assert [label.get_text() for label in axes.get_yticklabels()] == ["3.0", "-1.5"]
-    plt.close(figure)
 
 
 def test_command_draws_an_agent_of_the_zoo(tmp_path):

@@ -14,13 +14,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
 import torch as th
 from huggingface_sb3 import EnvironmentName
-from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
 from stable_baselines3.common.vec_env import VecEnv
@@ -32,7 +28,7 @@ from sb3_ext.offline.errors import AgentError
 from sb3_ext.zoo import register
 
 # Where options are drawn in colours, as many as there are
-_COLOURS = plt.get_cmap("tab10").colors  # type: ignore[attr-defined]
+_COLOURS = matplotlib.colormaps["tab10"].colors  # type: ignore[attr-defined]
 
 
 class Episode(NamedTuple):
@@ -84,7 +80,8 @@ def draw_timeline(episodes: Sequence[Episode], n_options: int) -> Figure:
     grid = np.full((len(episodes), longest), np.nan)
     for line, episode in enumerate(episodes):
         grid[line, : len(episode.options)] = episode.options
-    figure, axes = plt.subplots(figsize=(8, 1.2 + 0.25 * len(episodes)), layout="constrained")
+    figure = Figure(figsize=(8, 1.2 + 0.25 * len(episodes)), layout="constrained")
+    axes = figure.subplots()
     colours = ListedColormap([_COLOURS[option % len(_COLOURS)] for option in range(n_options)])
     image = axes.imshow(grid, aspect="auto", interpolation="nearest", cmap=colours, vmin=-0.5, vmax=n_options - 0.5)
     axes.set_yticks(range(len(episodes)), [f"{episode.episode_return:.1f}" for episode in episodes])
@@ -104,7 +101,8 @@ def draw_four_rooms(model: OptionCritic, rooms: FourRooms, episodes: Sequence[Ep
     observations = th.as_tensor(np.stack([rooms.observe(number) for number in range(len(rooms.cells))]), device=model.device)
     policy, shares = model.policy, _shares(rooms, episodes, model.n_options)
     policy.set_training_mode(False)
-    figure, grid = plt.subplots(model.n_options, 3, figsize=(9, 3 * model.n_options), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(9, 3 * model.n_options), layout="constrained")
+    grid = figure.subplots(model.n_options, 3, squeeze=False)
     with th.no_grad():
         hidden = policy.critic.hidden(observations)
         terminations = policy.terminations(hidden).cpu().numpy()
@@ -205,7 +203,6 @@ def main(argv: list[str] | None = None) -> None:
     for name, figure in pictures(model, env, not args.stochastic, args.n_episodes).items():
         path = folder / f"{name}.png"
         figure.savefig(path, dpi=120)
-        plt.close(figure)
         print(path)
 
 

@@ -19,7 +19,7 @@ from pkgutil import resolve_name
 from typing import Any, NoReturn
 
 import sb3_ext
-from sb3_ext.hub import pictures
+from sb3_ext.zoo import pictures
 from sb3_ext.zoo.registry import ALGORITHMS
 
 

@@ -387,7 +387,8 @@ def test_bad_states_are_named(state, episode_start, message):
 def test_saved_model_acts_the_same_through_an_episode(tmp_path):
     model = cartpole().learn(300)
     model.save(tmp_path / "model")
-    loaded = OptionCritic.load(tmp_path / "model", device="cpu")
+    # With the arguments as they were given
+    loaded = OptionCritic.load(tmp_path / "model", device="cpu", policy_kwargs={"net_arch": [16]})
     env = make_vec_env("CartPole-v1", n_envs=3, seed=3)
     obs, states, starts = env.reset(), [None, None], np.ones(3, bool)
     for _ in range(40):

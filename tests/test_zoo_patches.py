@@ -7,6 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import Distribution, distribution, distributions
 
 import gymnasium
+import minatar.gym
 import pytest
 from huggingface_hub import ModelCard
 from packaging.requirements import Requirement
@@ -68,6 +69,9 @@ def test_versions_that_crash_are_excluded(package, name, extra, version):
 
 def test_minatar_is_known_to_the_zoo():
     assert gymnasium.make("MinAtar/SpaceInvaders-v1").observation_space.shape == (10, 10, 6)
+    ours = {name: spec.kwargs for name, spec in gymnasium.registry.items() if name.startswith("MinAtar/")}
+    minatar.gym.register_envs()
+    assert ours == {name: spec.kwargs for name, spec in gymnasium.registry.items() if name.startswith("MinAtar/")}
 
 
 def test_model_card_of_push_to_hub(tmp_path):

@@ -7,7 +7,7 @@ def check_range(arguments: object, low: float, high: float, *names: str) -> None
     :param low: Smallest value allowed
     :param high: Largest value allowed
     :param names: Of the arguments; those that are None are not compared
-    :raises ValueError: if one is out of range or not a number
+    :raises ValueError: if one is out of range or NaN
     """
     for name in names:
         value = getattr(arguments, name)

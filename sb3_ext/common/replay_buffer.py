@@ -14,7 +14,7 @@ from stable_baselines3.common.vec_env import VecNormalize
 class FastReplayBuffer(ReplayBuffer):
     """
     SB3's ``ReplayBuffer``, with the same contents and the same samples. Rows are gathered by one index instead of two, and not
-    copied a second time on the way to torch; for small networks that is a twentieth of an update.
+    copied a second time on the way to torch.
 
     :param args: As of SB3's ``ReplayBuffer``
     :param kwargs: As of SB3's ``ReplayBuffer``

@@ -47,8 +47,16 @@ def register_minatar(import_envs: Any) -> None:
     """MinAtar announces its environments through an entry point that gymnasium no longer reads since version 1."""
     import gymnasium
 
-    if find_spec("minatar") and "MinAtar/Breakout-v1" not in gymnasium.registry:
-        import_module("minatar.gym").register_envs()
+    if not find_spec("minatar") or "MinAtar/Breakout-v1" in gymnasium.registry:
+        return
+    # As its own function, which comes with an import of more than a second
+    for game in ("asterix", "breakout", "freeway", "seaquest", "space_invaders"):
+        for version, minimal in enumerate((False, True)):
+            gymnasium.register(
+                f"MinAtar/{game.title().replace('_', '')}-v{version}",
+                entry_point="minatar.gym:BaseEnv",
+                kwargs={"game": game, "use_minimal_action_set": minimal},
+            )
 
 
 def find_own_hyperparameters(exp_manager: Any) -> None:

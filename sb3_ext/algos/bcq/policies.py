@@ -8,7 +8,7 @@ from typing import Any, ClassVar, cast
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BaseModel, BasePolicy, ContinuousCritic
+from stable_baselines3.common.policies import BaseModel, ContinuousCritic
 from stable_baselines3.common.preprocessing import get_action_dim
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
@@ -21,7 +21,8 @@ from torch import nn
 
 from sb3_ext.common.conv_features import ConvFeatures
 from sb3_ext.common.evaluation import Heads
-from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
+from sb3_ext.common.flat_parameters import FlatParameters
+from sb3_ext.common.flat_policy import FlatPolicy
 from sb3_ext.common.mlp import MLP, mlp
 from sb3_ext.common.q_network import QNetwork
 
@@ -100,71 +101,11 @@ class Perturbation(BaseModel):
         return (actions + self.scale * self.net(th.cat([features, actions], dim=1)).tanh()).clamp(-1.0, 1.0)
 
 
-class BCQPolicy(FlatParametersMixin, BasePolicy):
-    """
-    What the policies for continuous and for discrete actions have in common.
-
-    :param observation_space: Observation space
-    :param action_space: Action space
-    :param net_arch: Hidden layers of the critics and of the perturbation or imitation network
-    :param activation_fn: Activation function
-    :param features_extractor_class: Features extractor to use
-    :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
-    :param normalize_images: Whether to normalize images or not, dividing by 255.0
-    :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
-    :param optimizer_kwargs: Additional keyword arguments, excluding the learning rate, to pass to the optimizer.
-        Adam is fused unless they say something else.
-    """
+class BCQPolicy(FlatPolicy):
+    """What the policies for continuous and for discrete actions have in common, see :class:`FlatPolicy` for the parameters."""
 
     #: Names of the optimizers, each over one of the policy's :class:`FlatParameters`
     optimizer_names: ClassVar[list[str]]
-
-    def __init__(
-        self,
-        observation_space: spaces.Space,
-        action_space: spaces.Space,
-        net_arch: list[int],
-        activation_fn: type[nn.Module] = nn.ReLU,
-        features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
-        features_extractor_kwargs: dict[str, Any] | None = None,
-        normalize_images: bool = True,
-        optimizer_class: type[th.optim.Optimizer] = th.optim.Adam,
-        optimizer_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            observation_space,
-            action_space,
-            features_extractor_class,
-            features_extractor_kwargs,
-            normalize_images=normalize_images,
-            optimizer_class=optimizer_class,
-            optimizer_kwargs=optimizer_kwargs,
-        )
-        self.net_arch = net_arch
-        self.activation_fn = activation_fn
-
-    def _net_kwargs(self) -> dict[str, Any]:
-        return {
-            "observation_space": self.observation_space,
-            "action_space": self.action_space,
-            "activation_fn": self.activation_fn,
-            "normalize_images": self.normalize_images,
-        }
-
-    def make_optimizer(self, flat: FlatParameters, lr_schedule: Schedule) -> th.optim.Optimizer:
-        return flat.make_optimizer(self.optimizer_class, lr_schedule(1), self.optimizer_kwargs)
-
-    def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {
-            **super()._get_constructor_parameters(),
-            "lr_schedule": self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
-            "net_arch": self.net_arch,
-            "activation_fn": self.activation_fn,
-            "features_extractor_class": self.features_extractor_class,
-            "features_extractor_kwargs": self.features_extractor_kwargs,
-            "optimizer_class": self.optimizer_class,
-            "optimizer_kwargs": self.optimizer_kwargs,
-        }
 
 
 class ContinuousBCQPolicy(BCQPolicy):

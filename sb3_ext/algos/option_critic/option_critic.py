@@ -25,7 +25,7 @@ from sb3_ext.algos.option_critic.policies import CnnPolicy, MlpPolicy, MultiInpu
 from sb3_ext.algos.option_critic.statistics import OptionStatistics
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.observations import map_observations
-from sb3_ext.common.replay_buffer import FastReplayBuffer
+from sb3_ext.common.replay_buffer import default_replay_buffer_class
 
 SelfOptionCritic = TypeVar("SelfOptionCritic", bound="OptionCritic")
 
@@ -179,7 +179,6 @@ class OptionCritic(OffPolicyAlgorithm):
         self.exploration_final_eps = exploration_final_eps
         self.max_grad_norm = max_grad_norm
         self.exploration_rate = exploration_initial_eps
-        self.policy_kwargs = {**self.policy_kwargs, "n_options": n_options}
         self._n_calls = 0
         self._rollout: list[tuple[Any, ...]] = []
         if _init_setup_model:
@@ -195,8 +194,7 @@ class OptionCritic(OffPolicyAlgorithm):
     def _setup_model(self) -> None:
         self._check_arguments()
         if self.replay_buffer_class is None:
-            is_dict = isinstance(self.observation_space, spaces.Dict)
-            self.replay_buffer_class = DictReplayBuffer if is_dict else FastReplayBuffer
+            self.replay_buffer_class = default_replay_buffer_class(self.observation_space, n_steps=1) or DictReplayBuffer
         if self.replay_buffer is None:
             # All that learns from it are the values of the options
             self.replay_buffer = self.replay_buffer_class(
@@ -208,7 +206,9 @@ class OptionCritic(OffPolicyAlgorithm):
                 optimize_memory_usage=self.optimize_memory_usage,
                 **self.replay_buffer_kwargs,
             )
+        given, self.policy_kwargs = self.policy_kwargs, {**self.policy_kwargs, "n_options": self.n_options}
         super()._setup_model()
+        self.policy_kwargs = given
         self.batch_norm_stats = get_parameters_by_name(self.policy.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.policy.critic_target, ["running_"])
         self.exploration_schedule = LinearSchedule(
@@ -470,9 +470,10 @@ class OptionCritic(OffPolicyAlgorithm):
 
 
 def _with_last_observations(new_obs: Any, dones: np.ndarray, infos: list[dict[str, Any]]) -> Any:
-    """:return: a copy of the observations, in which those after the end of an episode are the last ones of that episode"""
-    next_obs = deepcopy(new_obs)
-    for index in np.flatnonzero(dones):
+    """:return: the observations, where an episode has ended its last one instead of the first one of the next episode"""
+    ended = [index for index in np.flatnonzero(dones) if infos[index].get("terminal_observation") is not None]
+    next_obs = deepcopy(new_obs) if ended else new_obs
+    for index in ended:
         last = infos[index]["terminal_observation"]
         if isinstance(next_obs, dict):
             for key in next_obs:

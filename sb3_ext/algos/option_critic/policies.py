@@ -10,7 +10,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import CategoricalDistribution, DiagGaussianDistribution, Distribution
-from stable_baselines3.common.policies import BaseModel, BasePolicy
+from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.preprocessing import get_action_dim, is_image_space
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
@@ -22,7 +22,8 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_ext.common.conv_features import PreprocessingMixin
-from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
+from sb3_ext.common.flat_parameters import FlatParameters
+from sb3_ext.common.flat_policy import FlatPolicy
 from sb3_ext.common.mlp import ACTIVATIONS, MLP, mlp
 
 
@@ -100,7 +101,7 @@ class OptionValues(PreprocessingMixin, BaseModel):
         return self.values(self.hidden(obs))
 
 
-class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
+class OptionCriticPolicy(FlatPolicy):
     """
     Policy of Option-Critic.
 
@@ -146,9 +147,13 @@ class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
             raise ValueError(f"n_options must be at least 1, but got {n_options}.")
         if temperature <= 0:
             raise ValueError(f"temperature must be above 0, but got {temperature}.")
+        if net_arch is None:
+            net_arch = [] if issubclass(features_extractor_class, NatureCNN) else [64, 64]
         super().__init__(
             observation_space,
             action_space,
+            net_arch,
+            activation_fn,
             features_extractor_class,
             features_extractor_kwargs,
             normalize_images=normalize_images,
@@ -157,11 +162,7 @@ class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
             # Actions come out of _predict in [-1, 1]
             squash_output=isinstance(action_space, spaces.Box),
         )
-        if net_arch is None:
-            net_arch = [] if issubclass(features_extractor_class, NatureCNN) else [64, 64]
         self.n_options = n_options
-        self.net_arch = net_arch
-        self.activation_fn = activation_fn
         self.temperature = temperature
         self.log_std_init = log_std_init
         self.head_bias = head_bias
@@ -173,14 +174,7 @@ class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
-        net_kwargs = self._update_features_extractor(
-            {
-                "observation_space": self.observation_space,
-                "action_space": self.action_space,
-                "activation_fn": self.activation_fn,
-                "normalize_images": self.normalize_images,
-            }
-        )
+        net_kwargs = self._update_features_extractor(self._net_kwargs())
         self.critic = OptionValues(self.n_options, self.net_arch, head_bias=self.head_bias, **net_kwargs)
         self.critic_target = deepcopy(self.critic)
         self.critic_target.requires_grad_(False)
@@ -194,13 +188,9 @@ class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
         self.flat_critic = FlatParameters(self.critic)
         self.flat_termination = FlatParameters(self.termination_net)
         self.flat_actor = FlatParameters(self.actor, *([] if self.log_std is None else [self.log_std]))
-
-        def make_optimizer(flat: FlatParameters) -> th.optim.Optimizer:
-            return flat.make_optimizer(self.optimizer_class, lr_schedule(1), self.optimizer_kwargs)
-
-        self.critic_optimizer = make_optimizer(self.flat_critic)
-        self.termination_optimizer = make_optimizer(self.flat_termination)
-        self.actor_optimizer = make_optimizer(self.flat_actor)
+        self.critic_optimizer = self.make_optimizer(self.flat_critic, lr_schedule)
+        self.termination_optimizer = self.make_optimizer(self.flat_termination, lr_schedule)
+        self.actor_optimizer = self.make_optimizer(self.flat_actor, lr_schedule)
 
     def terminations(self, hidden: th.Tensor) -> th.Tensor:
         """
@@ -268,8 +258,9 @@ class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
             inputs = obs.reshape(len(obs), -1).astype(np.float32, copy=False)
             for layers in hidden:
                 inputs = activate(layers(inputs))
-            odds = np.exp(-terminations(inputs))
-            return Outputs(values(inputs), 1.0 / (1.0 + odds), actor(inputs).reshape(len(obs), self.n_options, -1))
+            # numpy has no sigmoid
+            ends = th.from_numpy(terminations(inputs)).sigmoid_().numpy()
+            return Outputs(values(inputs), ends, actor(inputs).reshape(len(obs), self.n_options, -1))
 
         return outputs
 
@@ -370,17 +361,10 @@ class OptionCriticPolicy(FlatParametersMixin, BasePolicy):
     def _get_constructor_parameters(self) -> dict[str, Any]:
         return {
             **super()._get_constructor_parameters(),
-            "lr_schedule": self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
             "n_options": self.n_options,
-            "net_arch": self.net_arch,
-            "activation_fn": self.activation_fn,
             "temperature": self.temperature,
             "log_std_init": self.log_std_init,
             "head_bias": self.head_bias,
-            "features_extractor_class": self.features_extractor_class,
-            "features_extractor_kwargs": self.features_extractor_kwargs,
-            "optimizer_class": self.optimizer_class,
-            "optimizer_kwargs": self.optimizer_kwargs,
         }
 
 

@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.policies import BaseModel, BasePolicy
+from stable_baselines3.common.policies import BaseModel
 from stable_baselines3.common.torch_layers import (
     BaseFeaturesExtractor,
     CombinedExtractor,
@@ -20,7 +20,8 @@ from torch import nn
 
 from sb3_ext.common.conv_features import ConvFeatures, PreprocessingMixin
 from sb3_ext.common.evaluation import Heads
-from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
+from sb3_ext.common.flat_parameters import FlatParameters
+from sb3_ext.common.flat_policy import FlatPolicy
 from sb3_ext.common.mlp import MLP, mlp
 
 
@@ -84,7 +85,7 @@ class Critic(HeadsModel):
         return self.heads(self.preprocess(obs))
 
 
-class SACDiscretePolicy(FlatParametersMixin, BasePolicy):
+class SACDiscretePolicy(FlatPolicy):
     """
     Policy of SAC-Discrete. Actor and critics have features extractors of their own; the critics share theirs.
 
@@ -121,30 +122,25 @@ class SACDiscretePolicy(FlatParametersMixin, BasePolicy):
     ) -> None:
         if n_critics < 1:
             raise ValueError(f"n_critics must be at least 1, but got {n_critics}.")
+        if net_arch is None:
+            net_arch = [512] if issubclass(features_extractor_class, NatureCNN) else [256, 256]
         super().__init__(
             observation_space,
             action_space,
+            net_arch,
+            activation_fn,
             features_extractor_class,
             features_extractor_kwargs,
             normalize_images=normalize_images,
             optimizer_class=optimizer_class,
             optimizer_kwargs=optimizer_kwargs,
         )
-        if net_arch is None:
-            net_arch = [512] if issubclass(features_extractor_class, NatureCNN) else [256, 256]
-        self.net_arch = net_arch
-        self.activation_fn = activation_fn
         self.n_critics = n_critics
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
         actor_arch, critic_arch = get_actor_critic_arch(self.net_arch)
-        net_kwargs = {
-            "observation_space": self.observation_space,
-            "action_space": self.action_space,
-            "activation_fn": self.activation_fn,
-            "normalize_images": self.normalize_images,
-        }
+        net_kwargs = self._net_kwargs()
         self.actor = Actor(net_arch=actor_arch, **self._update_features_extractor(net_kwargs))
         self.critic = Critic(n_heads=self.n_critics, net_arch=critic_arch, **self._update_features_extractor(net_kwargs))
         self.critic_target = deepcopy(self.critic)
@@ -153,8 +149,8 @@ class SACDiscretePolicy(FlatParametersMixin, BasePolicy):
         self.flat_actor = FlatParameters(self.actor)
         self.flat_critic = FlatParameters(self.critic)
         self.flat_critic_target = FlatParameters(self.critic_target)
-        self.actor_optimizer = self.flat_actor.make_optimizer(self.optimizer_class, lr_schedule(1), self.optimizer_kwargs)
-        self.critic_optimizer = self.flat_critic.make_optimizer(self.optimizer_class, lr_schedule(1), self.optimizer_kwargs)
+        self.actor_optimizer = self.make_optimizer(self.flat_actor, lr_schedule)
+        self.critic_optimizer = self.make_optimizer(self.flat_critic, lr_schedule)
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         """
@@ -177,17 +173,7 @@ class SACDiscretePolicy(FlatParametersMixin, BasePolicy):
             self.training = mode
 
     def _get_constructor_parameters(self) -> dict[str, Any]:
-        return {
-            **super()._get_constructor_parameters(),
-            "lr_schedule": self._dummy_schedule,  # dummy lr schedule, not needed for loading policy alone
-            "net_arch": self.net_arch,
-            "activation_fn": self.activation_fn,
-            "features_extractor_class": self.features_extractor_class,
-            "features_extractor_kwargs": self.features_extractor_kwargs,
-            "optimizer_class": self.optimizer_class,
-            "optimizer_kwargs": self.optimizer_kwargs,
-            "n_critics": self.n_critics,
-        }
+        return {**super()._get_constructor_parameters(), "n_critics": self.n_critics}
 
 
 MlpPolicy = SACDiscretePolicy

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from sb3_ext.algos.npg import NPG
     from sb3_ext.algos.option_critic import OptionCritic
     from sb3_ext.algos.reinforce import REINFORCE
+    from sb3_ext.algos.sac_ae import SACAE
     from sb3_ext.algos.sac_discrete import SACDiscrete
     from sb3_ext.algos.trpo import TRPO
     from sb3_ext.algos.vpg import VPG
@@ -26,6 +27,7 @@ __all__ = [
     "DDQN",
     "NPG",
     "REINFORCE",
+    "SACAE",
     "TRPO",
     "VPG",
     "DuelingDDQN",
@@ -44,6 +46,7 @@ _MODULES = {
     "NPG": "sb3_ext.algos.npg",
     "OptionCritic": "sb3_ext.algos.option_critic",
     "REINFORCE": "sb3_ext.algos.reinforce",
+    "SACAE": "sb3_ext.algos.sac_ae",
     "SACDiscrete": "sb3_ext.algos.sac_discrete",
     "TRPO": "sb3_ext.algos.trpo",
     "VPG": "sb3_ext.algos.vpg",

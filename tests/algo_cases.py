@@ -18,7 +18,7 @@ from stable_baselines3.common.envs import FakeImageEnv, IdentityEnv, IdentityEnv
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
-from sb3_ext import BCQ, DDQN, NPG, REINFORCE, TRPO, VPG, DuelingDDQN, OptionCritic, SACDiscrete
+from sb3_ext import BCQ, DDQN, NPG, REINFORCE, SACAE, TRPO, VPG, DuelingDDQN, OptionCritic, SACDiscrete
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 
 
@@ -31,22 +31,35 @@ class AlgoCase:
     :param actions: ``spaces.Box`` or ``spaces.Discrete``
     :param kwargs: Constructor arguments that make the algorithm small and quick
     :param log_keys: Keys that must be in the log
+    :param observations: Kinds of observations it learns from, keys of ``OBSERVATIONS``
     """
 
     algo: type[BaseAlgorithm]
     actions: type[spaces.Space]
     kwargs: dict[str, Any] = field(default_factory=dict)
     log_keys: frozenset[str] = frozenset()
+    observations: tuple[str, ...] = ("vector", "image", "dict")
 
     def __str__(self) -> str:
         return f"{self.algo.__name__}-{self.actions.__name__}"
 
-    def make(self, env: gym.Env | VecEnv, policy: str = "MlpPolicy", **kwargs: Any) -> Any:
+    def make(self, env: gym.Env | VecEnv, policy: str | None = None, **kwargs: Any) -> Any:
+        policy = policy or self.policy
         kwargs = {"seed": 0, "device": "cpu", **self.kwargs, **kwargs}
         model_env = self.algo._wrap_env(env)
+        seed_observations(model_env, kwargs["seed"])
         if self.is_offline:
             kwargs.setdefault("dataset", random_replay_buffer(model_env))
         return self.algo(policy, model_env, **kwargs)
+
+    @property
+    def policy(self) -> str:
+        """For the simplest observations it learns from."""
+        return OBSERVATIONS[self.observations[0]][0]
+
+    def env(self) -> gym.Env:
+        """The simplest observations it learns from, episodes of 5 steps."""
+        return OBSERVATIONS[self.observations[0]][1](self)
 
     @property
     def is_discrete(self) -> bool:
@@ -95,6 +108,12 @@ class TupleActionEnv(gym.Env):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[np.ndarray, dict[str, Any]]:
         return np.zeros(2, np.float32), {}
+
+
+def seed_observations(env: VecEnv, seed: int) -> None:
+    """SB3's environments of images draw them from their spaces, which no algorithm seeds."""
+    for space in env.get_attr("observation_space"):
+        space.seed(seed)
 
 
 def random_replay_buffer(env: VecEnv, n_steps: int = 100, seed: int = 0) -> ReplayBuffer:
@@ -166,6 +185,20 @@ DDQN_KEYS = frozenset({"train/loss", "rollout/exploration_rate"})
 SMALL_SAC = {"buffer_size": 60, "learning_starts": 3, "batch_size": 8, "policy_kwargs": {"net_arch": [16]}}
 SAC_KEYS = frozenset({f"train/{key}" for key in ("actor_loss", "critic_loss", "ent_coef_loss", "ent_coef", "entropy")})
 
+SMALL_SAC_AE = {
+    "buffer_size": 60,
+    "learning_starts": 3,
+    "batch_size": 8,
+    "initial_gradient_steps": 2,
+    "policy_kwargs": {
+        "net_arch": [16],
+        "features_extractor_kwargs": {"features_dim": 8, "n_layers": 2, "n_filters": 4},
+    },
+}
+SAC_AE_KEYS = frozenset(
+    f"train/{key}" for key in ("actor_loss", "critic_loss", "ent_coef", "reconstruction_loss", "latent_loss")
+)
+
 SMALL_OPTION_CRITIC = {
     "buffer_size": 60,
     "learning_starts": 3,
@@ -192,6 +225,7 @@ CASES: list[AlgoCase] = [
     AlgoCase(OptionCritic, spaces.Box, SMALL_OPTION_CRITIC, OPTION_CRITIC_KEYS),
     AlgoCase(OptionCritic, spaces.Discrete, SMALL_OPTION_CRITIC, OPTION_CRITIC_KEYS),
     AlgoCase(SACDiscrete, spaces.Discrete, SMALL_SAC, SAC_KEYS),
+    AlgoCase(SACAE, spaces.Box, SMALL_SAC_AE, SAC_AE_KEYS, ("image",)),
 ]
 
 COMMON_LOG_KEYS = frozenset({"time/fps", "time/total_timesteps", "train/learning_rate", "train/n_updates"})

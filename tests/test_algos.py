@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch as th
-from algo_cases import CASES, COMMON_LOG_KEYS, OBSERVATIONS, TupleActionEnv
+from algo_cases import CASES, COMMON_LOG_KEYS, OBSERVATIONS, TupleActionEnv, seed_observations
 from gymnasium import spaces
 from stable_baselines3.common.callbacks import BaseCallback, CheckpointCallback, EvalCallback
 from stable_baselines3.common.env_util import make_vec_env
@@ -17,7 +17,11 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
-each_observation = pytest.mark.parametrize("observation", OBSERVATIONS)
+each_observation = pytest.mark.parametrize(
+    ("case", "observation"),
+    [(case, observation) for case in CASES for observation in case.observations],
+    ids=lambda value: str(value),
+)
 
 N_STEPS = 12
 
@@ -45,7 +49,6 @@ def observations(model, n=5):
     return np.stack(samples)
 
 
-@each_case
 @each_observation
 def test_learns_saves_and_loads(case, observation, tmp_path):
     policy, make_env = OBSERVATIONS[observation]
@@ -69,7 +72,7 @@ def test_learns_saves_and_loads(case, observation, tmp_path):
 
 @each_case
 def test_training_after_loading_continues_exactly(case, tmp_path):
-    env = case.make(case.vector_env()).get_env()
+    env = case.make(case.env()).get_env()
 
     def resume(model):
         if not case.is_offline:
@@ -79,6 +82,7 @@ def test_training_after_loading_continues_exactly(case, tmp_path):
             # SB3's test environments draw from the space that they share with a new model
             model.action_space = env.action_space
             env.action_space.seed(1)
+            seed_observations(env, 1)
         if case.is_off_policy:
             model.load_replay_buffer(tmp_path / "replay_buffer")
         model.learn(N_STEPS, reset_num_timesteps=False)
@@ -100,7 +104,7 @@ def test_training_after_loading_continues_exactly(case, tmp_path):
 
 @each_case
 def test_seed_decides_the_result(case):
-    env = case.vector_env()
+    env = case.env()
     first, second, other = (case.make(env, seed=seed).learn(N_STEPS) for seed in (1, 1, 2))
     assert_same_weights(first, second)
     with pytest.raises(AssertionError):
@@ -109,9 +113,9 @@ def test_seed_decides_the_result(case):
 
 @each_case
 def test_evaluation_during_training_does_not_change_it(case):
-    env = case.vector_env()
+    env = case.env()
     # Making vectorized environments draws from the global generator
-    evaluation = EvalCallback(make_vec_env(case.vector_env), eval_freq=4, verbose=0)
+    evaluation = EvalCallback(make_vec_env(case.env), eval_freq=4, verbose=0)
     plain = case.make(env).learn(N_STEPS)
     evaluated = case.make(env).learn(N_STEPS, callback=evaluation)
     assert_same_weights(plain, evaluated)
@@ -120,22 +124,43 @@ def test_evaluation_during_training_does_not_change_it(case):
 @each_case
 def test_unsupported_action_space_is_named(case):
     with pytest.raises(ValueError, match=r"supports .*but got Tuple"):
-        case.algo("MlpPolicy", TupleActionEnv())
+        case.algo(case.policy, TupleActionEnv())
 
 
 @each_case
-def test_dict_observations_need_the_multi_input_policy(case):
-    with pytest.raises(ValueError, match="MultiInputPolicy"):
-        case.make(case.dict_env(), "MlpPolicy")
+def test_dict_observations_need_the_multi_input_policy_or_are_refused(case):
+    expected = "MultiInputPolicy" if "dict" in case.observations else "supports .*but got Dict"
+    with pytest.raises(ValueError, match=expected):
+        case.make(case.dict_env(), case.policy)
 
 
 @each_case
 def test_parallel_environments_and_reward_normalization(case):
-    env = VecNormalize(make_vec_env(case.vector_env, n_envs=3), norm_obs=False)
+    env = VecNormalize(make_vec_env(case.env, n_envs=3), norm_obs=False)
     model = case.make(env)
     model.learn(N_STEPS)
     actions, _ = model.predict(model.env.reset(), deterministic=True)
     assert actions.shape == (3, *model.action_space.shape)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.is_off_policy], ids=str)
+def test_reward_normalization_stores_images_and_rewards_as_they_are(case):
+    normalize = VecNormalize(make_vec_env(case.image_env, n_envs=2), norm_obs=False)
+    model = case.make(normalize, "CnnPolicy")
+    rewards, seen = [], []
+
+    class Record(BaseCallback):
+        def _on_step(self):
+            rewards.append(normalize.get_original_reward())
+            seen.append(model._last_obs.copy())
+            return True
+
+    model.learn(N_STEPS, callback=Record())
+    buffer = model.replay_buffer
+    np.testing.assert_array_equal(buffer.rewards[: buffer.pos], rewards)
+    np.random.seed(0)  # for the environments
+    sampled = buffer._get_samples(np.zeros(8, int)).observations.numpy()
+    assert all((row == seen[0]).all(axis=(1, 2, 3)).any() for row in sampled)
 
 
 @each_case
@@ -149,9 +174,9 @@ def test_callbacks_see_every_step(case, tmp_path):
             return self.num_timesteps < N_STEPS - 2
 
     count = Count()
-    evaluation = EvalCallback(make_vec_env(case.vector_env), eval_freq=4, n_eval_episodes=2, log_path=tmp_path, verbose=0)
+    evaluation = EvalCallback(make_vec_env(case.env), eval_freq=4, n_eval_episodes=2, log_path=tmp_path, verbose=0)
     checkpoints = CheckpointCallback(save_freq=5, save_path=tmp_path)
-    model = case.make(case.vector_env()).learn(N_STEPS, callback=[evaluation, checkpoints, count])
+    model = case.make(case.env()).learn(N_STEPS, callback=[evaluation, checkpoints, count])
     assert count.steps == list(range(1, N_STEPS - 1))
     assert model.num_timesteps == N_STEPS - 2
     assert np.load(tmp_path / "evaluations.npz")["timesteps"].tolist() == [4, 8]
@@ -160,7 +185,7 @@ def test_callbacks_see_every_step(case, tmp_path):
 
 @each_case
 def test_log_has_the_documented_keys(case, tmp_path):
-    model = case.make(case.vector_env())
+    model = case.make(case.env())
     model.set_logger(configure(str(tmp_path), ["csv"]))
     model.learn(N_STEPS, log_interval=1)
     log = pd.read_csv(tmp_path / "progress.csv")
@@ -173,14 +198,14 @@ def test_log_has_the_documented_keys(case, tmp_path):
 
 @each_case
 def test_tensorboard_and_progress_bar(case, tmp_path):
-    model = case.make(case.vector_env(), tensorboard_log=str(tmp_path))
+    model = case.make(case.env(), tensorboard_log=str(tmp_path))
     model.learn(N_STEPS, log_interval=4, progress_bar=True)
     assert list(tmp_path.glob(f"{case.algo.__name__}_1/events*"))
 
 
 @each_case
 def test_parameters_can_be_taken_and_given(case):
-    source, target = case.make(case.vector_env()).learn(N_STEPS), case.make(case.vector_env(), seed=5)
+    source, target = case.make(case.env()).learn(N_STEPS), case.make(case.env(), seed=5)
     target.set_parameters(source.get_parameters())
     assert_same_weights(source, target)
     with pytest.raises(ValueError, match="do not match"):
@@ -194,7 +219,7 @@ def test_parameters_can_be_taken_and_given(case):
 
 @each_case
 def test_saved_parameters_need_no_pickle(case, tmp_path):
-    case.make(case.vector_env()).learn(N_STEPS).save(tmp_path / "model")
+    case.make(case.env()).learn(N_STEPS).save(tmp_path / "model")
     with zipfile.ZipFile(tmp_path / "model.zip") as archive:
         names = [name for name in archive.namelist() if name.endswith(".pth")]
         assert "policy.pth" in names and len(names) > 1
@@ -202,7 +227,6 @@ def test_saved_parameters_need_no_pickle(case, tmp_path):
             th.load(io.BytesIO(archive.read(name)), weights_only=True)
 
 
-@each_case
 @each_observation
 def test_predict_shapes_and_range(case, observation):
     policy, make_env = OBSERVATIONS[observation]
@@ -224,14 +248,14 @@ def test_predict_shapes_and_range(case, observation):
 
 @each_case
 def test_device_argument(case):
-    assert case.make(case.vector_env(), device="cpu").policy.device.type == "cpu"
+    assert case.make(case.env(), device="cpu").policy.device.type == "cpu"
     with pytest.raises(RuntimeError):
-        case.make(case.vector_env(), device="no_such_device")
+        case.make(case.env(), device="no_such_device")
 
 
 @each_case
 def test_policy_can_be_copied_and_saved_alone(case, tmp_path):
-    model = case.make(case.vector_env()).learn(N_STEPS)
+    model = case.make(case.env()).learn(N_STEPS)
     obs = observations(model)
     expected, _ = model.predict(obs, deterministic=True)
     copied = copy.deepcopy(model.policy)
@@ -245,6 +269,6 @@ def test_policy_can_be_copied_and_saved_alone(case, tmp_path):
 
 @each_case
 def test_zoo_style_evaluation(case):
-    model = case.make(case.vector_env())
-    mean, std = evaluate_policy(model, DummyVecEnv([case.vector_env]), n_eval_episodes=2, warn=False)
+    model = case.make(case.env())
+    mean, std = evaluate_policy(model, DummyVecEnv([case.env]), n_eval_episodes=2, warn=False)
     assert np.isfinite([mean, std]).all()

@@ -14,7 +14,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
 # Frames beyond one for each transition: an episode has one more than it has transitions
-_SPARE_FRAMES = 0.05
+_SPARE_FRAMES = 0.03
 
 
 class FrameReplayBuffer(NStepReplayBuffer):
@@ -26,7 +26,7 @@ class FrameReplayBuffer(NStepReplayBuffer):
     restored. Nothing is assumed about when episodes begin and end: where a stack does not continue the one before it, it is
     stored anew.
 
-    Frames for 1.05 times ``buffer_size`` are kept. Where episodes are so short that this is not enough, the oldest
+    Frames for 1.03 times ``buffer_size`` are kept. Where episodes are so short that this is not enough, the oldest
     transitions are given up a little earlier.
 
     It can be the ``replay_buffer_class`` of any off-policy algorithm. n-step returns are set here, not in the algorithm:
@@ -39,7 +39,7 @@ class FrameReplayBuffer(NStepReplayBuffer):
     :param n_envs: Number of parallel environments
     :param optimize_memory_usage: Must be False, since this is another way to the same end
     :param handle_timeout_termination: Whether time limits are told apart from termination, see SB3's ``ReplayBuffer``
-    :param n_stack: Frames in a stack, >= 2
+    :param n_stack: Frames in a stack, >= 1; with 1, an observation and the next one still share their frames
     :param n_steps: Steps of the returns, >= 1
     :param gamma: Discount factor of n-step returns
     :raises ValueError: if the observations are no stacks of ``n_stack`` images
@@ -67,11 +67,11 @@ class FrameReplayBuffer(NStepReplayBuffer):
             isinstance(observation_space, spaces.Box)
             and is_image_space(observation_space)
             and is_image_space_channels_first(observation_space)
-            and n_stack >= 2
+            and n_stack >= 1
             and observation_space.shape[0] % n_stack == 0
         ):
             raise ValueError(
-                f"FrameReplayBuffer supports stacks of n_stack={n_stack} images (at least 2; uint8, channels first, as many "
+                f"FrameReplayBuffer supports stacks of n_stack={n_stack} images (at least 1; uint8, channels first, as many "
                 f"channels as all frames of a stack have), but got {observation_space}."
             )
         # Observations of one row only, which are not used

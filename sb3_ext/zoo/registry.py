@@ -82,4 +82,11 @@ ALGORITHMS = (
         "sb3_ext.zoo.search_spaces:sample_sac_discrete_params",
         "rl_zoo3.hyperparams_opt:convert_offpolicy_params",
     ),
+    Algorithm(
+        "sac_ae",
+        "sb3_ext.algos.sac_ae:SACAE",
+        "sb3_ext.zoo.search_spaces:sample_sac_ae_params",
+        "sb3_ext.zoo.search_spaces:convert_sac_ae_params",
+        "sb3_ext.algos.sac_ae.reconstructions:pictures",
+    ),
 )

@@ -138,6 +138,47 @@ def sample_sac_discrete_params(
     }
 
 
+def sample_sac_ae_params(trial: optuna.Trial, n_actions: int, n_envs: int, additional_args: dict[str, Any]) -> dict[str, Any]:
+    """
+    Sampler for SAC-AE hyperparams. The networks stay as they are, because their size decides how long an update takes.
+
+    :param trial: The trial to draw for
+    :param n_actions: Unused
+    :param n_envs: Number of parallel environments (unused)
+    :param additional_args: Unused
+    :return: Keyword arguments of SACAE
+    """
+    one_minus_gamma = trial.suggest_float("one_minus_gamma", 0.001, 0.05, log=True)
+    # From 2**5=32 to 2**8=256
+    batch_size_pow = trial.suggest_int("batch_size_pow", 5, 8)
+    # Display true values
+    trial.set_user_attr("gamma", 1 - one_minus_gamma)
+    trial.set_user_attr("batch_size", 2**batch_size_pow)
+    rates = ("learning_rate", "encoder_learning_rate", "decoder_learning_rate")
+    return convert_sac_ae_params(
+        {
+            "one_minus_gamma": one_minus_gamma,
+            "batch_size_pow": batch_size_pow,
+            **{rate: trial.suggest_float(rate, 1e-4, 5e-3, log=True) for rate in rates},
+            "ent_coef_learning_rate": trial.suggest_float("ent_coef_learning_rate", 1e-5, 1e-2, log=True),
+            "tau": trial.suggest_float("tau", 0.001, 0.08, log=True),
+            "encoder_tau": trial.suggest_float("encoder_tau", 0.005, 0.2, log=True),
+            "latent_coef": trial.suggest_float("latent_coef", 1e-8, 1e-3, log=True),
+        }
+    )
+
+
+def convert_sac_ae_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: The stored parameters of a trial
+    :return: Keyword arguments of SACAE
+    """
+    hyperparams = sampled_params.copy()
+    hyperparams["gamma"] = 1 - hyperparams.pop("one_minus_gamma")
+    hyperparams["batch_size"] = 2 ** hyperparams.pop("batch_size_pow")
+    return hyperparams
+
+
 def _sample_policy_gradient_params(trial: optuna.Trial) -> dict[str, Any]:
     """What the algorithms have in common that take one gradient step per rollout."""
     # From 2**8=256 to 2**12=4096

@@ -15,11 +15,12 @@ from sb3_ext.common.arguments import check_range
 from sb3_ext.common.losses import huber_loss
 from sb3_ext.common.q_network import QNetwork
 from sb3_ext.common.replay_buffer import default_replay_buffer_class
+from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
 SelfDDQN = TypeVar("SelfDDQN", bound="DDQN")
 
 
-class DDQN(DQN):
+class DDQN(RewardNormalizationMixin, DQN):
     """
     Double Deep Q-Network (Double DQN): the online network chooses the next action, the target network values it.
 

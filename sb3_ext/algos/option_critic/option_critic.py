@@ -8,7 +8,6 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, RolloutReturn, Schedule
 from stable_baselines3.common.utils import (
@@ -26,6 +25,7 @@ from sb3_ext.algos.option_critic.statistics import OptionStatistics
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.observations import map_observations
 from sb3_ext.common.replay_buffer import default_replay_buffer_class
+from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
 SelfOptionCritic = TypeVar("SelfOptionCritic", bound="OptionCritic")
 
@@ -50,7 +50,7 @@ class Transitions(NamedTuple):
     dones: th.Tensor
 
 
-class OptionCritic(OffPolicyAlgorithm):
+class OptionCritic(RewardNormalizationMixin):
     """
     Option-Critic: learns the policies of options and when they end, together with their values.
 

@@ -7,7 +7,6 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
-from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
@@ -16,11 +15,12 @@ from sb3_ext.algos.sac_discrete.policies import CnnPolicy, MlpPolicy, MultiInput
 from sb3_ext.common.adam import SingleTensorAdam
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.replay_buffer import default_replay_buffer_class
+from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
 SelfSACDiscrete = TypeVar("SelfSACDiscrete", bound="SACDiscrete")
 
 
-class SACDiscrete(OffPolicyAlgorithm):
+class SACDiscrete(RewardNormalizationMixin):
     """
     Soft Actor-Critic for discrete actions (SAC-Discrete): expectations over the actions are sums, not samples.
 

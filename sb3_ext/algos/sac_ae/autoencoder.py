@@ -1,0 +1,132 @@
+"""The regularized autoencoder of SAC-AE."""
+
+from __future__ import annotations
+
+import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import nn
+
+
+class ConvEncoder(BaseFeaturesExtractor):
+    """
+    Convolutions of 3 x 3, the first with stride 2, and a linear layer with layer normalization and tanh behind them.
+
+    Source: Yarats et al. 2019, appendix B.1.
+
+    :param observation_space: Images, channels first
+    :param features_dim: Size of the latent vector, >= 1
+    :param n_layers: Number of convolutions, >= 1
+    :param n_filters: Channels of each, >= 1
+    :raises ValueError: if the images are too small for so many layers
+    """
+
+    def __init__(self, observation_space: spaces.Box, features_dim: int = 50, n_layers: int = 4, n_filters: int = 32) -> None:
+        super().__init__(observation_space, features_dim)
+        self.image_shape = observation_space.shape
+        n_channels, height, width = self.image_shape
+        # The first convolution halves the image, each of the others takes a border of one pixel
+        height, width = ((size - 3) // 2 + 1 - 2 * (n_layers - 1) for size in (height, width))
+        if min(height, width) < 1:
+            raise ValueError(
+                f"Images of shape {self.image_shape} are too small for {n_layers} convolutions: give fewer `n_layers` in "
+                "`features_extractor_kwargs`, or larger images."
+            )
+        self.n_layers = n_layers
+        self.conv_shape = (n_filters, height, width)
+        layers: list[nn.Module] = [nn.Conv2d(n_channels, n_filters, 3, stride=2), nn.ReLU()]
+        for _ in range(n_layers - 1):
+            layers += [nn.Conv2d(n_filters, n_filters, 3), nn.ReLU()]
+        self.convolutions = nn.Sequential(*layers).to(memory_format=th.channels_last)  # type: ignore[call-overload]
+        self.projection = nn.Sequential(
+            nn.Linear(n_filters * height * width, features_dim), nn.LayerNorm(features_dim), nn.Tanh()
+        )
+        self.apply(init_weights)
+
+    def forward(self, images: th.Tensor) -> th.Tensor:
+        """
+        :param images: In [0, 1], (batch, channels, height, width)
+        :return: Latent vectors in (-1, 1), (batch, features_dim)
+        """
+        return self.project(self.convolutions(images))
+
+    def project(self, maps: th.Tensor) -> th.Tensor:
+        """
+        :param maps: Of the convolutions, (batch, filters, height, width)
+        :return: Latent vectors in (-1, 1), (batch, features_dim)
+        """
+        # Channels last, which is how they lie in memory
+        return self.projection(maps.permute(0, 2, 3, 1).flatten(1))
+
+
+class ConvDecoder(nn.Module):
+    """
+    The mirror image of an encoder.
+
+    :param encoder: The encoder
+    """
+
+    def __init__(self, encoder: ConvEncoder) -> None:
+        super().__init__()
+        n_channels, image_height, image_width = encoder.image_shape
+        self.conv_shape = n_filters, height, width = encoder.conv_shape
+        self.linear = nn.Linear(encoder.features_dim, n_filters * height * width)
+        layers: list[nn.Module] = []
+        for _ in range(encoder.n_layers - 1):
+            layers += [nn.ConvTranspose2d(n_filters, n_filters, 3), nn.ReLU()]
+        # The row and the column that a stride of 2 leaves out when the size is even
+        output_padding = ((image_height - 3) % 2, (image_width - 3) % 2)
+        layers.append(nn.ConvTranspose2d(n_filters, n_channels, 3, stride=2, output_padding=output_padding))
+        self.convolutions = nn.Sequential(*layers).to(memory_format=th.channels_last)  # type: ignore[call-overload]
+        self.apply(init_weights)
+
+    def forward(self, features: th.Tensor) -> th.Tensor:
+        """
+        :param features: Latent vectors, (batch, features_dim)
+        :return: Reconstructed images, around 0, see :func:`quantize`, (batch, channels, height, width)
+        """
+        n_filters, height, width = self.conv_shape
+        maps = self.linear(features).relu().view(-1, height, width, n_filters).permute(0, 3, 1, 2)
+        return self.convolutions(maps)
+
+
+def quantize(images: th.Tensor, n_bits: int) -> th.Tensor:
+    """
+    What the decoder is to reconstruct: fewer colours, with noise of the size of the steps between them, around 0.
+
+    Source: Kingma and Dhariwal 2018 ("Glow"), as in the code of SAC-AE.
+
+    :param images: uint8
+    :param n_bits: Bits that are kept of each byte, 1 to 8
+    :return: ``floor(images / 2**(8 - n_bits)) / 2**n_bits + U(0, 1) / 2**n_bits - 0.5``, in [-0.5, 0.5)
+    """
+    levels = (images >> (8 - n_bits)).float()
+    return levels.add_(th.rand_like(levels)).div_(2**n_bits).sub_(0.5)
+
+
+def to_image(reconstruction: th.Tensor) -> th.Tensor:
+    """
+    :param reconstruction: Of the decoder, around 0
+    :return: uint8 images
+    """
+    return ((reconstruction + 0.5) * 256).clamp(0, 255).to(th.uint8)
+
+
+def init_weights(module: nn.Module) -> None:
+    """
+    Linear layers orthogonal; convolutions delta-orthogonal, that is, orthogonal in the middle of the kernel and 0 elsewhere
+    (Xiao et al. 2018, https://arxiv.org/abs/1806.05393); biases 0.
+
+    :param module: A layer; other kinds stay as they are
+    """
+    if isinstance(module, nn.Linear):
+        nn.init.orthogonal_(module.weight)
+        nn.init.zeros_(module.bias)
+    elif isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+        with th.no_grad():
+            middle = th.empty(module.weight.shape[:2], device=module.weight.device)
+            nn.init.orthogonal_(middle, nn.init.calculate_gain("relu"))
+            module.weight.zero_()
+            module.weight[:, :, module.kernel_size[0] // 2, module.kernel_size[1] // 2] = middle
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

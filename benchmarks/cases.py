@@ -237,6 +237,26 @@ def sac_discrete(case: Case) -> list[Product]:
     return 2 * actor + 3 * critics + 2 * gradients + 3 * backward(n, *head, inputs=case.image)
 
 
+def sac_ae(case: Case) -> list[Product]:
+    """
+    Yarats et al. 2019, an update that is not the actor's turn: the actor's and the target's encoder in the next state, the critics'
+    before and after their step, and the decoder.
+    """
+    n, (channels, size, _), act = case.batch_size, case.observation_shape, case.n_actions
+    sides = [(size - 3) // 2 + 1 - 2 * layer for layer in range(4)]
+    convolutions: list[Product] = [(n, channels, size, 32, 3, 2), *((n, 32, side, 32, 3, 1) for side in sides[:-1])]
+    # Gradients of weights and, but for the first, of inputs
+    gradients = convolutions + convolutions[1:]
+    projection, critic = (32 * sides[-1] ** 2, 50), (50 + act, 1024, 1024, 1)
+    encoder = convolutions + forward(n, *projection)
+    target = encoder + forward(n, 50, 1024, 1024, 2 * act) + encoder + 2 * forward(n, *critic)
+    critics = encoder + 2 * (forward(n, *critic) + backward(n, *critic, inputs=True))
+    critics += backward(n, *projection, inputs=True) + gradients
+    # A transposed convolution takes as many operations as the convolution that it mirrors
+    decoder = forward(n, *projection[::-1]) + backward(n, *projection[::-1], inputs=True) + 3 * convolutions
+    return target + critics + encoder + decoder + backward(n, *projection, inputs=True) + gradients
+
+
 # The paper's settings for Atari, as in hyperparams/bcq.yml
 _ATARI = {"tau": 1.0, "target_update_interval": 8000}
 
@@ -262,6 +282,7 @@ CASES = [
         "sac-discrete-pixels-b64", "sac_discrete", (4, 84, 84), 6, True, 64, sac_discrete, ("tianshou", "d3rlpy"),
         n_transitions=2_000, learning_rate=3e-4, off_policy=True,
     ),
+    Case("sac-ae-b128", "sac_ae", (9, 84, 84), 6, False, 128, sac_ae, (), n_transitions=1_000, off_policy=True),
 ]  # fmt: skip
 
 _MLP = {"policy": "MlpPolicy"}

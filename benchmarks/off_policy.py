@@ -1,5 +1,5 @@
 """
-Contenders of off-policy learning with discrete actions, see :mod:`benchmarks.workers`: updates on batches that each samples
+Contenders of online off-policy learning, see :mod:`benchmarks.workers`: updates on batches that each samples
 from a buffer of its own, which holds the same transitions. Nobody acts.
 """
 
@@ -39,7 +39,8 @@ class StableBaselines:
         )
         self.model.set_logger(configure(None, []))
         buffer_class, space = type(self.model.replay_buffer), self.model.observation_space
-        self.model.replay_buffer = replay_buffer(load(spec), space, env.action_space, buffer_class)
+        how = self.model.replay_buffer_kwargs
+        self.model.replay_buffer = replay_buffer(load(spec), space, env.action_space, buffer_class, **how)
         self.batch_size = spec["batch_size"]
 
     def update(self, n: int) -> None:

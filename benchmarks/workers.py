@@ -87,24 +87,26 @@ def spaces_env(spec: dict[str, Any]) -> Any:
 
 
 def replay_buffer(
-    data: dict[str, np.ndarray], observation_space: Any, action_space: Any, buffer_class: type | None = None
+    data: dict[str, np.ndarray], observation_space: Any, action_space: Any, buffer_class: type | None = None, **kwargs: Any
 ) -> Any:
     """
     :param data: See :func:`load`, with Box actions in [-1, 1], as SB3's buffers keep them
     :param observation_space: Of the buffer
     :param action_space: Of the buffer
     :param buffer_class: SB3's ReplayBuffer, if not given, or a subclass
+    :param kwargs: Of the buffer
     :return: A full buffer
     """
     from stable_baselines3.common.buffers import ReplayBuffer
 
     n = len(data["rewards"])
-    buffer: Any = (buffer_class or ReplayBuffer)(n, observation_space, action_space, device="cpu")
-    buffer.observations[:, 0], buffer.next_observations[:, 0] = data["observations"], data["next_observations"]
-    buffer.actions[:, 0] = data["actions"].reshape(n, -1)
-    buffer.rewards[:, 0], buffer.timeouts[:, 0] = data["rewards"], data["timeouts"]
-    buffer.dones[:, 0] = data["terminals"] | data["timeouts"]
-    buffer.full = True
+    buffer: Any = (buffer_class or ReplayBuffer)(n, observation_space, action_space, device="cpu", **kwargs)
+    dones, timeouts = data["terminals"] | data["timeouts"], data["timeouts"].tolist()
+    for row in range(n):
+        one = slice(row, row + 1)
+        infos = [{"TimeLimit.truncated": timeouts[row]}]
+        transition = data["observations"][one], data["next_observations"][one], data["actions"][one].reshape(1, -1)
+        buffer.add(*transition, data["rewards"][one], dones[one], infos)
     return buffer
 
 

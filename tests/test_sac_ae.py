@@ -198,7 +198,12 @@ class PlainUpdate:
             self.step((ent_coef * log_prob - q).mean(), self.actor_optimizer)
             ent_coef_loss = (self.log_ent_coef.exp() * (-log_prob - -float(n_actions)).detach()).mean()
             self.step(ent_coef_loss, self.ent_coef_optimizer)
-        quantized = th.floor(batch.observations.double() / 8) / 32 + th.rand(obs.shape).double() / 32 - 0.5
+        # Random numbers in the order of the faster layout
+        quantized = (
+            th.floor(batch.observations.double() / 8) / 32
+            + th.rand(obs.permute(0, 2, 3, 1).shape).double().permute(0, 3, 1, 2) / 32
+            - 0.5
+        )
         latent = critic.features_extractor(obs)
         loss = ((decoder(latent) - quantized) ** 2).mean() + 1e-6 * (0.5 * latent**2).sum(1).mean()
         self.step(loss, self.encoder_optimizer, self.decoder_optimizer)

@@ -190,9 +190,8 @@ class SACAEPolicy(SACPolicy):
     def preprocess(self, images: th.Tensor) -> th.Tensor:
         """
         :param images: Observations, uint8, (batch, channels, height, width)
-        :return: What the encoders take. Channels last, which is faster, and cheaper to arrange while they are bytes.
+        :return: What the encoders take
         """
-        images = images.contiguous(memory_format=th.channels_last)
         preprocessed = preprocess_obs(images, self.observation_space, normalize_images=self.normalize_images)
         assert isinstance(preprocessed, th.Tensor)
         return preprocessed

@@ -16,7 +16,7 @@ from stable_baselines3.common.vec_env import VecFrameStack, is_vecenv_wrapped, u
 from stable_baselines3.sac import SAC
 from torch.nn import functional as F
 
-from sb3_ext.algos.sac_ae.autoencoder import quantize, to_image
+from sb3_ext.algos.sac_ae.autoencoder import channels_last, quantize, to_image
 from sb3_ext.algos.sac_ae.policies import Actor, CnnPolicy, Critic, SACAEPolicy
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.frame_replay_buffer import FrameReplayBuffer
@@ -249,8 +249,8 @@ class SACAE(RewardNormalizationMixin, SAC):
     def _update(self, replay_data: ReplayBufferSamples) -> dict[str, th.Tensor]:
         """:return: what to log, scalars from before the update"""
         policy, encoder = self.policy, self.critic.features_extractor
-        images = replay_data.observations
-        obs, next_obs = policy.preprocess(images), policy.preprocess(replay_data.next_observations)
+        images = channels_last(replay_data.observations)
+        obs, next_obs = policy.preprocess(images), policy.preprocess(channels_last(replay_data.next_observations))
         ent_coef = self.ent_coef_tensor if self.log_ent_coef is None else self.log_ent_coef.detach().exp()
         self._n_updates += 1
         updates_actor = self._n_updates % self.actor_update_interval == 0

@@ -55,6 +55,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--rounds", type=int, default=7)
     verb.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
 
+    verb = verbs.add_parser("gpu", help="updates of SAC-AE on a GPU, with and without a CUDA graph; does nothing without one")
+    verb.add_argument("--rounds", type=int, default=7)
+    verb.add_argument("--updates", type=int, default=200, help="of one measurement")
+
     verb = verbs.add_parser("rooms", help="Option-Critic, a flat actor-critic and SARSA where the goal moves")
     verb.add_argument(
         "--labels", nargs="+", default=list(four_rooms.AGENTS), choices=list(four_rooms.AGENTS), help="default: all"
@@ -134,6 +138,17 @@ def frames(args: argparse.Namespace) -> None:
 
     row = measure(args.transitions, args.sampled_from, args.rounds, args.seconds)
     results.append(results.path_of("q_learning"), row)
+    print(summary(row))
+
+
+def gpu(args: argparse.Namespace) -> None:
+    from benchmarks.gpu import measure, summary
+
+    row = measure(args.updates, args.rounds)
+    if row is None:
+        print("There is no GPU here: nothing to measure.")
+        return
+    results.append(results.path_of("sac_ae"), row)
     print(summary(row))
 
 

@@ -239,8 +239,8 @@ def sac_discrete(case: Case) -> list[Product]:
 
 def sac_ae(case: Case) -> list[Product]:
     """
-    Yarats et al. 2019, an update that is not the actor's turn: the actor's and the target's encoder in the next state, the critics'
-    before and after their step, and the decoder.
+    Yarats et al. 2019, an update that is not the actor's turn: the actor's and the target's encoder in the next state, the
+    critics' before and after their step, and the decoder.
     """
     n, (channels, size, _), act = case.batch_size, case.observation_shape, case.n_actions
     sides = [(size - 3) // 2 + 1 - 2 * layer for layer in range(4)]

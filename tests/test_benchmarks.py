@@ -14,7 +14,8 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 
-from benchmarks import cases, data, four_rooms, frames, results
+from benchmarks import __main__ as commands
+from benchmarks import cases, data, four_rooms, frames, gpu, results
 from benchmarks.on_policy import StableBaselines
 from benchmarks.peers import DEFAULT_FOLDER, PEERS, RemoteAgent, Worker
 from benchmarks.report import frames_section, interquartile_mean, normalized, write
@@ -401,3 +402,15 @@ def test_report_of_on_policy_algorithms(tmp_path: Path):
     assert "| a | 1 | algo-ours 30.0 | algo-sb3 10.0 (**3.00 x**) |  |" in page
     assert "| b | 1 | algo-ours 8.0 |  | algo-tianshou 4.0 (**2.00 x**) |" in page
     assert (tmp_path / "docs" / "page-default-CartPole-v1.png").stat().st_size > 5000
+
+
+def test_gpu_is_not_needed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    commands.gpu(commands.parse(["gpu"]))
+    assert "no GPU" in capsys.readouterr().out
+
+
+def test_updates_that_are_timed_on_a_gpu():
+    model, batch = gpu.make_model("cpu", net_arch=[4], features_extractor_kwargs={"n_filters": 1, "features_dim": 2})
+    gpu.two_updates(model, batch)
+    assert model._n_updates == 2

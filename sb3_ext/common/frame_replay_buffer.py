@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-from collections.abc import Sequence
 
 import numpy as np
 import torch as th
@@ -111,22 +110,24 @@ class FrameReplayBuffer(NStepReplayBuffer):
     def _get_samples(self, batch_inds: np.ndarray, env: VecNormalize | None = None) -> ReplayBufferSamples:
         if self.n_steps > 1:
             return super()._get_samples(batch_inds, env)
-        # As SB3's ReplayBuffer, but the frames that a stack and the next one share are read once
-        envs = np.random.randint(0, high=self.n_envs, size=(len(batch_inds),))
-        stacks_and_next_frame = self._frames.read(batch_inds, envs, range(self.n_stack - 1, -2, -1))
+        # As SB3's ReplayBuffer, but the frames that a stack and the next one share are read once. For one environment, numpy
+        # would draw nothing.
+        envs = np.random.randint(0, high=self.n_envs, size=len(batch_inds)) if self.n_envs > 1 else np.zeros_like(batch_inds)
+        stacks_and_next_frame = self._frames.read(batch_inds, envs, oldest=self.n_stack - 1, newest=-1)
         n_channels = self._frames.n_channels
         data = (
             self._normalize_obs(stacks_and_next_frame[:, :-n_channels], env),
             self.actions[batch_inds, envs],
             self._normalize_obs(stacks_and_next_frame[:, n_channels:], env),
-            (self.dones[batch_inds, envs] * (1 - self.timeouts[batch_inds, envs])).reshape(-1, 1),
-            self._normalize_reward(self.rewards[batch_inds, envs].reshape(-1, 1), env),
+            (self.dones[batch_inds, envs] * (1 - self.timeouts[batch_inds, envs]))[:, None],
+            self._normalize_reward(self.rewards[batch_inds, envs][:, None], env),
         )
         return ReplayBufferSamples(*map(self.to_torch, data))
 
     def to_torch(self, array: np.ndarray, copy: bool = True) -> th.Tensor:
         # All that is sampled has been copied by indexing
-        return th.as_tensor(array, device=self.device)
+        tensor = th.from_numpy(array)
+        return tensor if self.device.type == "cpu" else tensor.to(self.device)
 
     @property
     def nbytes(self) -> int:
@@ -155,7 +156,7 @@ class _Stacks:
 
     def __getitem__(self, index: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
         newest = -1 if self._is_next else 0
-        return self._frames.read(*index, ages=range(newest + self._frames.n_stack - 1, newest - 1, -1))
+        return self._frames.read(*index, oldest=newest + self._frames.n_stack - 1, newest=newest)
 
     @property
     def nbytes(self) -> int:
@@ -253,18 +254,27 @@ class _Frames:
         # Frames are numbered in the order of the rows. As a rule, all of them are there.
         return bisect.bisect_left(range(n_rows), True, key=lambda index: not is_lost(index)) if is_lost(0) else 0
 
-    def read(self, rows: np.ndarray, envs: np.ndarray, ages: Sequence[int]) -> np.ndarray:
+    def read(self, rows: np.ndarray, envs: np.ndarray, oldest: int, newest: int) -> np.ndarray:
         """
         :param rows: Rows of the buffer, (batch,)
         :param envs: Environments, (batch,)
-        :param ages: How many frames each wanted frame is older than the newest one of the observation; -1 is that of the next
-            observation
-        :return: (batch, len(ages) * channels, height, width)
+        :param oldest: How many frames the oldest wanted frame is older than the newest one of the observation
+        :param newest: The same for the newest wanted frame; -1 is that of the next observation
+        :return: (batch, (oldest - newest + 1) * channels, height, width)
         """
-        ages_row, n_older = np.array(ages), self.n_older[rows, envs][:, None]
-        slots = (self.newest[rows, envs][:, None] - np.minimum(ages_row, n_older)) % self.n_slots
-        slots[(ages_row > n_older) & self.is_black_before[rows, envs][:, None]] = self.n_slots
-        slots += envs[:, None] * (self.n_slots + 1)
+        ages, n_older = np.arange(oldest, newest - 1, -1), self.n_older[rows, envs]
+        numbers = self.newest[rows, envs][:, None]
+        # As a rule no stack begins with its episode
+        is_black = None
+        if n_older.min() < oldest:
+            is_missing = ages > n_older[:, None]
+            is_black = is_missing & self.is_black_before[rows, envs][:, None]
+            ages = np.where(is_missing, n_older[:, None], ages)
+        slots = (numbers - ages) % self.n_slots
+        if is_black is not None:
+            slots[is_black] = self.n_slots
+        if len(self.slots) > 1:
+            slots += envs[:, None] * (self.n_slots + 1)
         frames = th.from_numpy(self.slots.reshape(self.slots.shape[0] * self.slots.shape[1], -1))
         batch = frames.index_select(0, th.from_numpy(slots.reshape(-1)))
         return batch.view(len(rows), -1, *self.stack_shape[1:]).numpy()

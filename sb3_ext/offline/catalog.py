@@ -10,6 +10,8 @@ from sb3_ext.offline.errors import CorruptDatasetError, DatasetNotFoundError
 
 SHIPPED_ROOT = Path(__file__).parent / "datasets"
 METADATA = Path("data", "metadata.json")
+# Of the address of a data set of the Hugging Face Hub
+HUB = "hf://"
 
 
 def local_root() -> Path:
@@ -31,12 +33,15 @@ def list_ids(root: Path) -> list[str]:
 
 def find_folder(source: str | Path, env_id: str | None) -> Path:
     """
-    :param source: id, or path of a data set's folder (or of the ``data`` folder in it)
+    :param source: id, or path of a data set's folder (or of the ``data`` folder in it), or ``hf://organization/name`` for
+        one of the Hugging Face Hub
     :param env_id: environment for which the message says how to make a data set
     :return: the folder that contains ``metadata.json``
     :raises DatasetNotFoundError: when there is none
     :raises CorruptDatasetError: when the folder lacks its metadata
     """
+    if str(source).startswith(HUB):
+        return _download(str(source))
     if str(source):
         for root in (Path(), local_root(), SHIPPED_ROOT):
             for data in (root / source / METADATA.parent, root / source):
@@ -45,6 +50,24 @@ def find_folder(source: str | Path, env_id: str | None) -> Path:
                 if (data / "main_data.hdf5").is_file():
                     raise CorruptDatasetError(f"The data set {data} has no {METADATA.name}: it is incomplete. Make it again.")
     raise not_found(source, env_id)
+
+
+def _download(source: str) -> Path:
+    """:return: the folder in the Hub's cache, into which files are downloaded that are not there yet"""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
+
+    try:
+        folder = snapshot_download(source.removeprefix(HUB), repo_type="dataset", allow_patterns=f"{METADATA.parent}/*")
+    except (HFValidationError, HTTPError, LocalEntryNotFoundError) as error:
+        raise DatasetNotFoundError(
+            f"The data set {source} cannot be downloaded: {error}\n"
+            "If it is private, the Hub needs to know who you are: run `hf auth login`, or set HF_TOKEN."
+        ) from error
+    data = Path(folder, METADATA.parent)
+    if not (data / METADATA.name).is_file():
+        raise CorruptDatasetError(f"{source} is no Minari data set: it has no file {METADATA.as_posix()}.")
+    return data
 
 
 def not_found(source: object, env_id: str | None) -> DatasetNotFoundError:

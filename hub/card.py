@@ -1,0 +1,197 @@
+"""Model cards: what a reader of an agent's page wants to know."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from importlib.resources import files
+from platform import python_version
+from typing import Any
+
+import gymnasium as gym
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+from sb3_ext.zoo.registry import ALGORITHMS
+
+from .data import DatasetStatistics
+from .evaluation import Evaluation
+
+_LIBRARIES = ("sb3-ext", "stable-baselines3", "rl-zoo3", "gymnasium", "torch", "numpy")
+# By what an environment's entry point or id contains
+_EXTRAS = {"mujoco": "mujoco", "minatar": "minatar", "ale_py": "atari", "dm_control/": "dm_control"}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """
+    :param file: Name in the repository
+    :param text: For those who do not see it
+    """
+
+    file: str
+    text: str
+
+
+@dataclass(frozen=True)
+class CardContents:
+    """
+    What a model card is made of.
+
+    :param algo: Key in the zoo
+    :param algorithm: Its class
+    :param env_id: Gymnasium id
+    :param repo_id: ``organization/name``
+    :param evaluation: Of the agent
+    :param hyperparams: As the zoo saved them
+    :param train_args: Arguments of ``rl_zoo3.train``, as the zoo saved them
+    :param env_kwargs: Arguments of the environment
+    :param dataset: Of an offline agent
+    :param pictures: In the order in which they are shown
+    :param has_video: Whether there is a ``replay.mp4``
+    :param license: Of the agent, an identifier of the Hub
+    """
+
+    algo: str
+    algorithm: type
+    env_id: str
+    repo_id: str
+    evaluation: Evaluation
+    hyperparams: Mapping[str, Any]
+    train_args: Mapping[str, Any]
+    env_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    dataset: DatasetStatistics | None = None
+    pictures: Sequence[Picture] = ()
+    has_video: bool = False
+    license: str = "mit"
+
+
+def render(contents: CardContents) -> str:
+    """
+    :param contents: Of the card
+    :return: The card, Markdown with metadata that the Hub indexes
+    """
+    algo, algorithm, env_id = contents.algo, contents.algorithm, contents.env_id
+    summary, paper = describe(algorithm)
+    organization, name = contents.repo_id.split("/")
+    default_name = f"{algo}-{env_id}".replace("/", "-")
+    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
+        files(__package__).joinpath("card.md").read_text(encoding="utf-8")
+    )
+    return template.render(
+        card_data=metadata(contents).to_yaml(),
+        class_name=algorithm.__name__,
+        algo=algo,
+        env_id=env_id,
+        summary=summary,
+        paper=paper,
+        is_ours=algo in {row.key for row in ALGORITHMS},
+        evaluation=contents.evaluation,
+        repo_id=contents.repo_id,
+        organization=organization,
+        name_option=f"-name {name} " if name != default_name else "",
+        model_file=f"{default_name}.zip",
+        extras=extras(env_id),
+        pictures=contents.pictures,
+        has_video=contents.has_video,
+        training_command=training_command(contents.train_args),
+        tuning=tuning(contents.train_args),
+        dataset=contents.dataset,
+        seed=contents.train_args["seed"],
+        n_timesteps=f"{int(contents.hyperparams['n_timesteps']):,}",
+        unit="gradient updates" if contents.dataset else "steps",
+        hyperparams=_yaml(contents.hyperparams),
+        env_kwargs=_yaml(contents.env_kwargs) if contents.env_kwargs else "",
+        versions={"Python": python_version(), **{library: version(library) for library in _LIBRARIES}},
+    )
+
+
+def metadata(contents: CardContents) -> ModelCardData:
+    """
+    :param contents: Of the card
+    :return: What the Hub indexes, with the agent's result
+    """
+    evaluation = contents.evaluation
+    result = EvalResult(
+        task_type="reinforcement-learning",
+        task_name="reinforcement-learning",
+        dataset_type=contents.env_id,
+        dataset_name=contents.env_id,
+        metric_type="mean_reward",
+        metric_name="mean_reward",
+        metric_value=f"{evaluation.mean:.2f} +/- {evaluation.std:.2f}",
+        verified=False,
+    )
+    tags = [contents.env_id, contents.algo, "deep-reinforcement-learning", "reinforcement-learning", "stable-baselines3"]
+    return ModelCardData(
+        library_name="stable-baselines3",
+        license=contents.license,
+        tags=[*tags, "sb3-ext", *(["offline-reinforcement-learning"] if contents.dataset else [])],
+        model_name=contents.algorithm.__name__,
+        eval_results=[result],
+    )
+
+
+def describe(algorithm: type) -> tuple[str, str | None]:
+    """
+    :param algorithm: Class of an algorithm
+    :return: What its docstring says first, and the first link to a paper in it, if there is one
+    """
+    text = inspect.getdoc(algorithm) or algorithm.__name__
+    summary = " ".join(text.split("\n\n")[0].split())
+    links = re.findall(r"https?://[^\s)>`,]+", text)
+    papers = [link for link in links if "arxiv" in link] or links
+    return re.sub(r"``?([^`]+)``?", r"`\1`", summary), papers[0].rstrip(".") if papers else None
+
+
+def training_command(train_args: Mapping[str, Any]) -> str:
+    """
+    :param train_args: Arguments of ``rl_zoo3.train``, as the zoo saved them
+    :return: The command that trains this agent again
+    """
+    command = ["python", "-m", "rl_zoo3.train", "--algo", train_args["algo"], "--env", str(train_args["env"])]
+    command += ["--seed", str(train_args["seed"])]
+    if train_args.get("conf_file"):
+        command += ["--conf-file", str(train_args["conf_file"])]
+    if (train_args.get("n_timesteps") or -1) > 0:
+        command += ["-n", str(int(train_args["n_timesteps"]))]
+    for option, name in (("-params", "hyperparams"), ("--env-kwargs", "env_kwargs")):
+        if train_args.get(name):
+            command += [option, *(f"{key}:{value!r}" for key, value in train_args[name].items())]
+    if train_args.get("vec_env", "dummy") != "dummy":
+        command += ["--vec-env", train_args["vec_env"]]
+    return shlex.join(command)
+
+
+def tuning(train_args: Mapping[str, Any]) -> str:
+    """
+    :param train_args: Arguments of ``rl_zoo3.train``, as the zoo saved them
+    :return: Which trial of which study the hyperparameters come from; nothing if they do not
+    """
+    if train_args.get("trial_id") is None:
+        return ""
+    return f"The hyperparameters are those of trial {train_args['trial_id']} of the study `{train_args.get('study_name')}`."
+
+
+def extras(env_id: str) -> str:
+    """
+    :param env_id: Gymnasium id
+    :return: What pip has to be told beside the package's name, for the environment
+    """
+    described = ""
+    while spec := gym.registry.get(env_id):
+        described += str(spec.entry_point)
+        # What a pixel environment renders
+        env_id = spec.kwargs.get("env_id", "")
+    found = [extra for part, extra in _EXTRAS.items() if part in described + env_id]
+    return f"[{','.join(found)}]" if found else ""
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
+    plain = {key: value if isinstance(value, (int, float, bool, list, dict)) else str(value) for key, value in values.items()}
+    return yaml.safe_dump(plain, sort_keys=False, width=1000).rstrip()

@@ -419,9 +419,8 @@ class HubServer(Service):
         if blob is None:
             # The client remembers at which commit the file is missing
             raise Refusal(404, "Entry not found", "EntryNotFound", headers=headers)
-        headers["ETag"] = f'"{blob.etag}"'
         if not blob.lfs:
-            return ranged(call, blob.content, headers)
+            return ranged(call, blob.content, {**headers, "ETag": f'"{blob.etag}"'})
         place = self._sign("GET", f"{self.storage_url}/{repo.kind}/{repo.id}/{blob.sha256}")
         linked = {"X-Linked-Size": str(len(blob.content)), "X-Linked-ETag": f'"{blob.etag}"', "Location": place}
         return Response(302, b"", {**headers, **linked})

@@ -41,10 +41,11 @@ CARD = textwrap.dedent(
     # DQN
     """
 )
-# A text, a file that its suffix makes large, one that its size does, and one that its bytes do, which goes up in parts
+# A text, and files that their suffix, their bytes and their size make large, the last of which goes up in parts
 FILES = {
     "README.md": CARD.encode(),
     "folder/model.safetensors": b"weights",
+    "icon.webp": b"RIFF\0",
     "log.csv": b"1,2,3\n" * 200,
     "replay.webm": b"\0frame" * 1000,
 }
@@ -101,8 +102,8 @@ def methods(server: HubServer, pattern: str) -> list[tuple[str, int]]:
 
 def test_what_is_pushed_is_read_back(server, pushed, folder, tmp_path):
     assert without_attributes(server.files(REPO)) == FILES
-    # One large file in one piece, and two in parts of 2500 bytes, of which the log is small enough for one
-    assert sorted(methods(server, "?signature")) == [("POST", 200)] + [("PUT", 200)] * 5
+    # Three files in one piece and one in three
+    assert sorted(methods(server, "?signature")) == [("POST", 200)] + [("PUT", 200)] * 6
     path = Path(snapshot_download(REPO, endpoint=server.url, token=server.token, cache_dir=tmp_path / "cache"))
     read = {file.relative_to(path).as_posix(): file.read_bytes() for file in path.rglob("*") if file.is_file()}
     assert read == server.files(REPO)
@@ -130,13 +131,16 @@ def test_descriptions_and_listings(server, pushed):
     assert pushed.repo_info(REPO, expand=["sha"]).siblings is None
     # The listing has more than one page
     assert sorted(pushed.list_repo_files(REPO)) == sorted([".gitattributes", *FILES])
-    assert len(methods(server, "/tree/main")) == 2
+    assert len(methods(server, "/tree/main")) == 3
     assert "folder" in [entry.path for entry in pushed.list_repo_tree(REPO)]
     assert [entry.path for entry in pushed.list_repo_tree(REPO, "folder")] == ["folder/model.safetensors"]
     [entry] = pushed.get_paths_info(REPO, ["README.md", "missing"])
     assert entry.blob_id == siblings["README.md"].blob_id
     assert pushed.whoami()["name"] == "tester" and pushed.file_exists(REPO, "log.csv")
     assert not pushed.file_exists(REPO, "missing")
+    metadata = pushed.get_hf_file_metadata(url=f"{server.url}/{REPO}/resolve/main/folder/model.safetensors")
+    assert (metadata.size, metadata.etag, metadata.commit_hash) == (7, weights.lfs.sha256, info.sha)
+    assert metadata.location.startswith(server.storage_url)
 
 
 def test_a_second_download_transfers_nothing(server, pushed, tmp_path):
@@ -168,11 +172,13 @@ def test_updates_keep_the_history(server, pushed, folder, tmp_path):
 def test_files_and_folders_are_deleted(server, pushed):
     pushed.delete_file("log.csv", REPO)
     assert set(FILES) - set(server.files(REPO)) == {"log.csv"}
+    pushed.upload_file(repo_id=REPO, path_or_fileobj=b"text", path_in_repo="folder.txt")
     pushed.delete_folder("folder", REPO)
+    assert server.files(REPO)["folder.txt"] == b"text"
     assert set(FILES) - set(server.files(REPO)) == {"log.csv", "folder/model.safetensors"}
     with pytest.raises(RemoteEntryNotFoundError, match="A file with this name doesn't exist"):
         pushed.delete_file("folder/model.safetensors", REPO)
-    assert len(server.history(REPO)) == 4
+    assert len(server.history(REPO)) == 5
 
 
 def test_datasets_are_beside_models(server, pushed, tmp_path):
@@ -349,6 +355,14 @@ def test_overloaded_downloads(server, pushed, tmp_path, how):
     assert methods(server, "/resolve/")[0] == ("HEAD", how)
 
 
+def test_requests_without_body_are_cut_too(server, pushed):
+    for how in (DROP_REQUEST, DROP_RESPONSE):
+        server.fail("/api/models/", how)
+        with pytest.raises(NETWORK_ERRORS):
+            pushed.repo_info(REPO)
+    assert methods(server, f"/api/models/{REPO}")[-2:] == [("GET", 0), ("GET", 200)]
+
+
 def test_the_rate_limit_is_told(server, pushed):
     server.fail("/api/models/", 429, seconds=30)
     with pytest.raises(HfHubHTTPError, match="Retry after 30 seconds"):
@@ -471,6 +485,7 @@ def test_ranges(server, pushed):
     for given, expected in (("0-3", content[:4]), ("5-", content[5:]), ("-4", content[-4:]), ("1190-9999", content[1190:])):
         response = httpx2.get(url, headers={"Range": f"bytes={given}"}, follow_redirects=True)
         assert (response.status_code, response.content) == (206, expected)
+        assert response.headers["Accept-Ranges"] == "bytes"
     response = httpx2.get(url, headers={"Range": "bytes=1200-"}, follow_redirects=True)
     assert response.status_code == 416 and response.headers["Content-Range"] == "bytes */1200"
 

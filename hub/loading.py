@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import tempfile
 from collections.abc import Iterable
@@ -84,7 +83,7 @@ class _Downloads:
     """
 
     def __init__(self, repo_id: str, revision: str | None, token: str | None, folder: Path) -> None:
-        self.api, self.repo_id, self.folder = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token), repo_id, folder
+        self.api, self.repo_id, self.folder = HfApi(token=token), repo_id, folder
         # A push in between must not mix two agents
         self.commit = self.api.repo_info(repo_id, revision=revision).sha
 

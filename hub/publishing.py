@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,11 +16,25 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+_AGAIN = "Nothing is half done: try again"
+
 
 class HubError(RuntimeError):
     """Something that the Hub refuses, or that keeps it from being reached."""
 
     exit_status = 80
+
+
+def check_token(token: str | None, repo_id: str) -> None:
+    """
+    Find out early whether the Hub knows who is there.
+
+    :param token: Access token (None: ``HF_TOKEN``, or that of ``hf auth login``)
+    :param repo_id: ``organization/name``, for the messages
+    :raises HubError: if it does not
+    """
+    with explained(repo_id):
+        HfApi(token=token).whoami()
 
 
 def upload(
@@ -40,15 +53,18 @@ def upload(
     :param repo_id: ``organization/name``; made if it does not exist
     :param message: Of the commit
     :param repo_type: "model" or "dataset"
-    :param private: Whether a new repository is private
+    :param private: Make the repository private
     :param token: Access token (None: ``HF_TOKEN``, or that of ``hf auth login``)
     :return: Address of the repository
     :raises HubError: if it fails
     """
-    api = HfApi(endpoint=os.environ.get("HF_ENDPOINT"), token=token)
+    api = HfApi(token=token)
+    operations = [CommitOperationAdd(name, path) for name, path in files.items()]
     with explained(repo_id):
         url = api.create_repo(repo_id, repo_type=repo_type, private=private, exist_ok=True)
-        operations = [CommitOperationAdd(name, path) for name, path in files.items()]
+        if private:
+            # A repository that is there stays as public as it is
+            api.update_repo_settings(repo_id, private=True, repo_type=repo_type)
         api.create_commit(repo_id, operations, commit_message=message, repo_type=repo_type)
     return str(url)
 
@@ -69,30 +85,30 @@ def explained(repo_id: str) -> Iterator[None]:
     """
     try:
         yield
-    except LocalTokenNotFoundError as error:
-        raise HubError("The Hub needs to know who you are: run `hf auth login`, or set HF_TOKEN.") from error
-    except HfHubHTTPError as error:
-        raise HubError(_what_to_do(error, repo_id)) from error
-    # What the client raises for a file that is not in its cache when it cannot ask for it
-    except (HTTPError, LocalEntryNotFoundError) as error:
-        reason = type(error.__cause__ or error).__name__
-        raise HubError(f"The connection to the Hub failed ({reason}). Nothing is half done: try again.") from error
+    # Errors in the transfer of a large file come wrapped
+    except (HTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError, RuntimeError) as error:
+        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+        raise HubError(_what_to_do(cause, repo_id)) from error
     except OSError as error:
         if error.errno != errno.ENOSPC:
             raise
-        raise HubError("There is no room left on the disk. Nothing is half done: make room, and try again.") from error
+        raise HubError(f"There is no room left on the disk. {_AGAIN} when there is.") from error
 
 
-def _what_to_do(error: HfHubHTTPError, repo_id: str) -> str:
+def _what_to_do(error: BaseException, repo_id: str) -> str:
+    if isinstance(error, LocalTokenNotFoundError):
+        return "The Hub needs to know who you are: run `hf auth login`, or set HF_TOKEN."
+    if isinstance(error, RepositoryNotFoundError):
+        return f"There is no repository {repo_id}, or it is private and the token may not read it."
+    if not isinstance(error, HfHubHTTPError):
+        return f"The connection to the Hub failed ({type(error).__name__}: {error}). {_AGAIN}."
     status = error.response.status_code
-    if status == 401 and not isinstance(error, RepositoryNotFoundError):
+    if status == 401:
         return "The Hub does not accept the token. Make a new one with write access, and run `hf auth login` or set HF_TOKEN."
     if status == 403:
         return f"The token may not write to {repo_id}. Check the organization's name and the token's permissions."
-    if isinstance(error, RepositoryNotFoundError):
-        return f"There is no repository {repo_id}, or it is private and the token may not read it."
     if status == 429:
-        return "The Hub asks to send fewer requests. Nothing is half done: try again in some minutes."
+        return f"The Hub asks to send fewer requests. {_AGAIN} in some minutes."
     if status >= 500:
-        return f"The Hub has a problem of its own ({status}). Nothing is half done: try again later."
+        return f"The Hub has a problem of its own ({status}). {_AGAIN} later."
     return f"The Hub refuses {repo_id}: {error.server_message or error}"

@@ -30,7 +30,7 @@ from sb3_ext.zoo.agents import add_choice_of_agent, find_agent, load_agent
 from .card import CardContents, Picture, render
 from .data import statistics_of
 from .evaluation import Evaluation, evaluate, learning_curve, record, write_gif, write_video
-from .publishing import HubError, files_in, upload
+from .publishing import HubError, check_token, files_in, upload
 from .safe import save_safe
 
 
@@ -230,6 +230,7 @@ def main(argv: list[str] | None = None) -> None:
         if args.dry_run is not None:
             write_folder(args)
         else:
+            check_token(args.token, repo_id_of(args))
             with tempfile.TemporaryDirectory() as folder:
                 package(args, Path(folder))
                 files = files_in(Path(folder))

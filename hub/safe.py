@@ -174,6 +174,7 @@ def load_safe(
         model = agent.build(env, device, arguments, tensors)
         _restore(model, agent.learning_rates, tensors)
         tensors.check_all_read()
+    _act_once(model)
     return model, saved_env
 
 
@@ -252,16 +253,7 @@ class _Agent:
         model.observation_space, model.action_space = self.observation_space, self.action_space
         model.n_envs = self.n_envs if model.env is None else model.env.num_envs
         model.policy_class = _compared_with(tensors, self.policy)
-        try:
-            model._setup_model()
-        except SafeFormatError:
-            raise
-        except Exception as error:
-            # Arguments from a file can make the algorithm fail in any way
-            raise SafeFormatError(
-                f"{self.algorithm.__name__} cannot be built from {CONFIG_NAME} ({type(error).__name__}: {error}). If a number "
-                "is out of the ordinary: load_safe takes arguments that replace those of the file, such as buffer_size=..."
-            ) from error
+        model._setup_model()
         model.policy_class = self.policy
         vars(model).update(self.progress)
         return model
@@ -443,9 +435,6 @@ def _restore(model: BaseAlgorithm, learning_rates: dict[str, list[float]], tenso
     check_object(learning_rates, "learning_rates", optimizers)
     for name, optimizer in optimizers.items():
         _restore_optimizer(name, optimizer, learning_rates[name], tensors)
-    if model.use_sde:
-        # As SB3's load
-        model.policy.reset_noise()  # type: ignore[operator]
 
 
 def _restore_optimizer(name: str, optimizer: th.optim.Optimizer, learning_rates: list[float], tensors: Tensors) -> None:

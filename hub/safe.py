@@ -171,11 +171,30 @@ def load_safe(
     sha256 = check_type(config.get("weights_sha256"), str, "weights_sha256")
     with open_tensors(Path(folder), sha256) as tensors:
         saved_env = agent.env.with_statistics(tensors)
-        model = agent.build(env, device, arguments, tensors)
-        _restore(model, agent.learning_rates, tensors)
-        tensors.check_all_read()
-    _act_once(model)
+        with _refusing_errors(agent.algorithm.__name__):
+            model = agent.build(env, device, arguments, tensors)
+            _restore(model, agent.learning_rates, tensors)
+            tensors.check_all_read()
+            if model.use_sde:
+                # As SB3's load
+                model.policy.reset_noise()  # type: ignore[operator]
+            # There are spaces and numbers with which everything but this works
+            model.predict(model.observation_space.sample(), deterministic=True)
     return model, saved_env
+
+
+@contextmanager
+def _refusing_errors(name: str) -> Iterator[None]:
+    """Arguments, spaces and numbers from a file can make an algorithm fail in any way."""
+    try:
+        yield
+    except SafeFormatError:
+        raise
+    except Exception as error:
+        raise SafeFormatError(
+            f"There is no such {name} agent as the files describe ({type(error).__name__}: {error}). If a number is out of the "
+            "ordinary: load_safe takes arguments that replace those of the file, such as buffer_size=..."
+        ) from error
 
 
 # ---- Configuration ----

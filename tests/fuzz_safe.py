@@ -64,6 +64,7 @@ NUMBERS = [
 NODES = [
     *STRINGS,
     *NUMBERS,
+    None,
     [],
     {},
     [[[[[]]]]],
@@ -72,6 +73,7 @@ NODES = [
     {"pi": [10**9], "vf": [1]},
     {"$class": "os:system"},
     {"$class": "torch.optim.adam:Adam"},
+    {"optimizer_class": {"$class": "torch.optim.adam:Adam"}, "optimizer_kwargs": {"capturable": True}},
     {"$class": ["os", "system"]},
     {"$tuple": [1, "step"]},
     {"$tuple": {}},
@@ -87,8 +89,8 @@ NODES = [
 ]
 # What code from a file would do, and reading a file should not
 FORBIDDEN = (
-    "os.system os.exec os.posix_spawn os.fork os.remove os.rename os.mkdir os.chmod os.putenv subprocess.Popen pickle.find_class "
-    "socket.connect socket.getaddrinfo ctypes.dlopen shutil.rmtree marshal.loads"
+    "os.system os.exec os.posix_spawn os.fork os.remove os.rename os.mkdir os.chmod os.putenv subprocess.Popen "
+    "pickle.find_class socket.connect socket.getaddrinfo ctypes.dlopen shutil.rmtree marshal.loads"
 ).split()
 
 

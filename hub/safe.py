@@ -192,8 +192,8 @@ def _refusing_errors(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise SafeFormatError(
-            f"There is no such {name} agent as the files describe ({type(error).__name__}: {error}). If a number is out of the "
-            "ordinary: load_safe takes arguments that replace those of the file, such as buffer_size=..."
+            f"There is no such {name} agent as the files describe ({type(error).__name__}: {error}). If a number is out of "
+            "the ordinary: load_safe takes arguments that replace those of the file, such as buffer_size=..."
         ) from error
 
 

@@ -258,6 +258,7 @@ def test_shared_layers_are_written_once(tmp_path):
 def test_schedules(tmp_path):
     linear = LinearSchedule(1e-3, 1e-4, 0.5)
     model = make(OTHERS[1], learning_rate=linear, clip_range=lambda progress: 0.3 * progress, clip_range_vf=0.4)
+    learn(model)
     model._current_progress_remaining = 0.5
     with pytest.warns(UserWarning, match=r"clip_range: only linear .* 0\.15"):
         save_safe(model, tmp_path)
@@ -266,6 +267,8 @@ def test_schedules(tmp_path):
         assert loaded.lr_schedule(progress) == linear(progress)
         assert loaded.clip_range(progress) == 0.15
         assert loaded.clip_range_vf(progress) == 0.4
+    rates = [each.policy.optimizer.param_groups[0]["lr"] for each in (model, loaded)]
+    assert rates[0] == rates[1] != 1e-3
 
 
 @pytest.mark.parametrize("noise", [NormalActionNoise, OrnsteinUhlenbeckActionNoise])
@@ -293,6 +296,16 @@ def test_arguments_of_the_caller(tmp_path):
     assert (loaded.replay_buffer.buffer_size, loaded.tensorboard_log, loaded._stats_window_size) == (7, "here", 3)
     with pytest.raises(TypeError, match="DQN has no arguments"):
         load_safe(tmp_path, bufer_size=7)
+
+
+def test_nothing_stays_in_the_file(tmp_path):
+    model = learn(make(OTHERS[6]))
+    save_safe(model, tmp_path)
+    loaded, _ = load_safe(tmp_path)
+    path = weights_path(tmp_path)
+    with open(path, "r+b") as file:
+        file.write(bytes(path.stat().st_size))
+    assert_same_weights(model, loaded)
 
 
 def test_environment_with_other_spaces(tmp_path):
@@ -786,6 +799,32 @@ def test_takes_twice_the_memory_of_its_files(case, folder):
     assert size > 30
     taken, _ = peak_megabytes("load_safe(sys.argv[2])", folder, folder.parent / "large")
     assert taken < 2 * size + 40
+
+
+def test_importing_costs_nothing():
+    code = "import sb3_ext.hub, sys; assert 'torch' not in sys.modules; sb3_ext.hub.load_safe; assert 'torch' in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# ---- The documentation ----
+
+
+def test_examples(tmp_path, monkeypatch):
+    """The Python blocks of the guide, one after the other."""
+    monkeypatch.chdir(tmp_path)
+    guide = Path(__file__).parents[1] / "docs" / "guide" / "hub.md"
+    blocks = re.findall(r"```python\n(.*?)```", guide.read_text(), re.DOTALL)
+    assert len(blocks) == 4
+    names = {}
+    for block in blocks:
+        exec(block, names)
+    assert names["model"].num_timesteps > 0
+
+
+def test_guide_names_all_keys(folder):
+    guide = (Path(__file__).parents[1] / "docs" / "guide" / "hub.md").read_text()
+    (described,) = re.findall(r"```json\n(.*?)```", guide, re.DOTALL)
+    assert json.loads(described).keys() == config_of(folder).keys()
 
 
 # ---- Anything at all ----

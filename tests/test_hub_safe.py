@@ -22,6 +22,7 @@ import torch as th
 from algo_cases import CASES, OBSERVATIONS, SMALL_ACTOR_CRITIC, SMALL_DDQN, SMALL_SAC, AlgoCase
 from gymnasium import spaces
 from gymnasium.wrappers import FlattenObservation, TimeAwareObservation
+from rl_zoo3.utils import linear_schedule as zoo_schedule
 from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnvMultiBinary, IdentityEnvMultiDiscrete
@@ -269,6 +270,15 @@ def test_schedules(tmp_path):
         assert loaded.clip_range_vf(progress) == 0.4
     rates = [each.policy.optimizer.param_groups[0]["lr"] for each in (model, loaded)]
     assert rates[0] == rates[1] != 1e-3
+
+
+def test_schedules_of_the_zoo(tmp_path):
+    model = make(OTHERS[1], learning_rate=zoo_schedule(1e-3), clip_range=zoo_schedule(0.3))
+    save_safe(model, tmp_path)
+    loaded, _ = load_safe(tmp_path)
+    for progress in (1.0, 0.7, 0.0):
+        assert loaded.lr_schedule(progress) == pytest.approx(1e-3 * progress)
+        assert loaded.clip_range(progress) == pytest.approx(0.3 * progress)
 
 
 @pytest.mark.parametrize("noise", [NormalActionNoise, OrnsteinUhlenbeckActionNoise])

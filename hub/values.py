@@ -21,7 +21,7 @@ from .allowed import Classes, check_allowed, resolve, shown
 from .errors import SafeFormatError
 
 #: Numbers in one observation or action: a configuration of a few bytes can describe a space of any size
-MAX_ELEMENTS = 2**21
+MAX_ELEMENTS = 2**20
 _DTYPES = ["uint8", "uint16", "uint32", "int8", "int16", "int32", "int64", "float16", "float32", "float64"]
 
 

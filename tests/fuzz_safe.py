@@ -21,6 +21,7 @@ from sb3_ext.hub import SafeFormatError, load_safe
 STRINGS = [
     "os:system",
     "builtins:eval",
+    "this:s",
     "torch.nn:Module.__init__",
     "torch.nn.modules.activation:ReLU",
     "torch.nn.modules.activation:ReLU.__init__.__globals__",

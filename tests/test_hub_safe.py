@@ -772,7 +772,7 @@ HUGE = {
         "no such A2C agent",
     ),
     "layers": (kwargs_of_policy(net_arch=[1] * 100_000), "many more layers than there are tensors"),
-    "observations": (change("observation_space.shape", [2**11, 2**11]), "more than 2097152 numbers"),
+    "observations": (change("observation_space.shape", [2**11, 2**10]), "more than 1048576 numbers"),
     "actions": (change("action_space", {**DISCRETE, "n": 10**12}), "no such|as .*it is"),
     "rollouts": (change("arguments.n_steps", 10**15), "load_safe takes arguments that replace those of the file"),
 }

@@ -1,0 +1,9 @@
+"""What can be wrong with a saved agent."""
+
+
+class SafeFormatError(ValueError):
+    """
+    The agent cannot be saved in the safe format, or its files cannot be loaded: damaged, incomplete, contradictory, or naming
+    something that is not on the allow-list. The message says what is wrong and what to do. Nothing has been run that the
+    files asked for.
+    """

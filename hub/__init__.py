@@ -8,12 +8,20 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .environment import SavedEnv
-    from .errors import SafeFormatError
+    from .errors import HubError, SafeFormatError
+    from .loading import load
     from .safe import load_safe, save_safe
 
-__all__ = ["SafeFormatError", "SavedEnv", "load_safe", "save_safe"]
+__all__ = ["HubError", "SafeFormatError", "SavedEnv", "load", "load_safe", "save_safe"]
 
-_MODULES = {"SafeFormatError": "errors", "SavedEnv": "environment", "load_safe": "safe", "save_safe": "safe"}
+_MODULES = {
+    "HubError": "errors",
+    "SafeFormatError": "errors",
+    "SavedEnv": "environment",
+    "load": "loading",
+    "load_safe": "safe",
+    "save_safe": "safe",
+}
 
 
 def __getattr__(name: str) -> object:

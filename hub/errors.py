@@ -7,3 +7,9 @@ class SafeFormatError(ValueError):
     something that is not on the allow-list. The message says what is wrong and what to do. Nothing has been run that the
     files asked for.
     """
+
+
+class HubError(RuntimeError):
+    """Something that the Hub refuses, or that keeps it from being reached. Commands leave with ``exit_status``."""
+
+    exit_status = 80

@@ -16,13 +16,9 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
+from .errors import HubError
+
 _AGAIN = "Nothing is half done: try again"
-
-
-class HubError(RuntimeError):
-    """Something that the Hub refuses, or that keeps it from being reached."""
-
-    exit_status = 80
 
 
 def check_token(token: str | None, repo_id: str) -> None:

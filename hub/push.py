@@ -29,8 +29,9 @@ from sb3_ext.zoo.agents import add_choice_of_agent, find_agent, load_agent
 
 from .card import CardContents, Picture, render
 from .data import statistics_of
+from .errors import HubError
 from .evaluation import Evaluation, evaluate, learning_curve, record, write_gif, write_video
-from .publishing import HubError, check_token, files_in, upload
+from .publishing import check_token, files_in, upload
 from .safe import save_safe
 
 
@@ -211,7 +212,7 @@ def film(model: BaseAlgorithm, env: VecEnv, n_steps: int, deterministic: bool, f
     except Exception as error:
         print(f"sb3-ext: warning: no replay video, because the environment does not render: {error}", file=sys.stderr)
         return False
-    fps = env.metadata.get("render_fps") or 30
+    fps: Any = env.metadata.get("render_fps") or 30
     write_video(frames, fps, folder / "replay.mp4")
     write_gif(frames, fps, folder / "replay.gif")
     return True

@@ -20,7 +20,8 @@ from sb3_ext.offline.catalog import METADATA, find_folder
 from sb3_ext.offline.errors import DatasetError
 
 from .data import DatasetStatistics, statistics_of
-from .publishing import HubError, files_in, upload
+from .errors import HubError
+from .publishing import files_in, upload
 
 # Points of a picture, beyond which it only grows darker
 _MAX_POINTS = 20_000
@@ -126,10 +127,8 @@ def _sampled(dataset: MinariDataset) -> tuple[np.ndarray, np.ndarray]:
     every = -(-dataset.total_steps // _MAX_POINTS)
     observations, actions = [], []
     for episode in dataset.iterate_episodes():
-        flat = [
-            spaces.flatten(dataset.observation_space, obs)
-            for obs in _rows(episode.observations, len(episode.rewards))[::every]
-        ]
+        rows = _rows(episode.observations, len(episode.rewards))[::every]
+        flat: list[Any] = [spaces.flatten(dataset.observation_space, row) for row in rows]
         observations.append(np.stack(flat))
         actions.append(np.asarray(episode.actions)[::every])
     points, acted = np.concatenate(observations).astype(float), np.concatenate(actions)

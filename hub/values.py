@@ -67,7 +67,8 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is type:
         return isinstance(value, type) and issubclass(value, parts[0])
     if origin is tuple:
-        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_fits, value, parts))
+        # Lists, where SB3's own files have made them of tuples
+        return isinstance(value, (tuple, list)) and len(value) == len(parts) and all(map(_fits, value, parts))
     if origin is list:
         return isinstance(value, list) and all(_fits(item, parts[0]) for item in value)
     if origin is dict:

@@ -159,8 +159,7 @@ def learning_curve(log_path: Path) -> Figure | None:
         axes.plot(steps, mean)
         axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
         axes.set_title(f"Evaluations during training, {returns.shape[1]} episodes each")
-    elif list(log_path.glob("*monitor.csv")):
-        episodes: pd.DataFrame = load_results(str(log_path))
+    elif len(episodes := _episodes(log_path)):
         window = min(100, len(episodes))
         axes.plot(episodes["l"].cumsum(), episodes["r"].rolling(window, min_periods=1).mean())
         axes.set_title(f"Episodes of the training, means over {window}")
@@ -169,3 +168,8 @@ def learning_curve(log_path: Path) -> Figure | None:
     axes.set(xlabel="steps", ylabel="return")
     axes.grid(alpha=0.3)
     return figure
+
+
+def _episodes(log_path: Path) -> pd.DataFrame:
+    """:return: the episodes of the training; none for an offline agent"""
+    return load_results(str(log_path)) if list(log_path.glob("*monitor.csv")) else pd.DataFrame()

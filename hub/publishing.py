@@ -86,9 +86,9 @@ def explained(repo_id: str) -> Iterator[None]:
         cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
         raise HubError(_what_to_do(cause, repo_id)) from error
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise HubError(f"There is no room left on the disk. {_AGAIN} when there is.") from error
+        raise HubError(f"There is no room left for the files ({error.strerror}). {_AGAIN} when there is.") from error
 
 
 def _what_to_do(error: BaseException, repo_id: str) -> str:

@@ -44,7 +44,8 @@ class REINFORCE(VPG):
     """
     REINFORCE: the policy gradient with Monte Carlo returns, without a critic.
 
-    Paper: Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning".
+    Paper: Williams 1992, "Simple Statistical Gradient-Following Algorithms for Connectionist Reinforcement Learning"
+    (https://doi.org/10.1007/BF00992696).
     An action is weighted by the discounted return-to-go of its own episode. Steps whose episode the rollout's end cuts have
     no such return; they are left out of the update, and the episode's remaining steps count in the next one. ``n_steps``
     should therefore be a few times the length of an episode.

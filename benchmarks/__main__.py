@@ -1,6 +1,7 @@
 import argparse
 from pathlib import Path
 
+from benchmarks import agents as agents_module
 from benchmarks import cases, four_rooms, results
 from benchmarks.peers import DEFAULT_FOLDER, PEERS, install
 
@@ -66,6 +67,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--seeds", type=int, default=20, help="number of seeds")
     verb.add_argument("--first-seed", type=int, default=1)
     verb.add_argument("--episodes", type=int, default=four_rooms.N_EPISODES)
+
+    verb = verbs.add_parser("agents", help="train the agents of hub/agents and write their cards")
+    verb.add_argument("--algos", nargs="+", default=list(agents_module.ENVIRONMENTS), choices=list(agents_module.ENVIRONMENTS))
 
     verb = verbs.add_parser("report", help="tables and figures out of the results, into docs/results")
     verb.add_argument("--out", type=Path, default=results.PROJECT / "docs" / "results")
@@ -154,6 +158,10 @@ def gpu(args: argparse.Namespace) -> None:
 
 def rooms(args: argparse.Namespace) -> None:
     four_rooms.run_missing(args.labels, range(args.first_seed, args.first_seed + args.seeds), args.episodes)
+
+
+def agents(args: argparse.Namespace) -> None:
+    agents_module.make(args.algos)
 
 
 def report(args: argparse.Namespace) -> None:

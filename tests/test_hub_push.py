@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -156,6 +157,30 @@ def test_the_card_is_true(logs, server, tmp_path):
         "assert all(th.equal(first[name], second[name]) for name in first)"
     )
     run("-c", compare, str(first), str(second), cwd=tmp_path)
+
+
+def test_the_zoos_own_commands(logs, server, tmp_path):
+    environment = server.environment(tmp_path / "home")
+    push_to_hub = [
+        "-m",
+        "rl_zoo3.push_to_hub",
+        "--algo",
+        "vpg",
+        "--env",
+        "CartPole-v1",
+        "-f",
+        "logs",
+        "-orga",
+        "team",
+        "-n",
+        "30",
+    ]
+    run(*push_to_hub, "-m", "By the zoo", cwd=logs, **environment)
+    files = server.files("team/vpg-CartPole-v1")
+    assert {"README.md", "vpg-CartPole-v1.zip", "vec_normalize.pkl", "replay.mp4", "results.json"} <= set(files)
+    shutil.rmtree(logs / "hub")
+    run("-m", "rl_zoo3.load_from_hub", *of_agent, "-orga", "team", cwd=tmp_path, **environment, TRUST_REMOTE_CODE="True")
+    run("-m", "rl_zoo3.enjoy", *of_agent, "--no-render", "-n", "20", cwd=tmp_path)
 
 
 def test_publishing_again_keeps_the_history(logs, server, tmp_path):

@@ -1,0 +1,61 @@
+"""The trained agents in ``hub/agents``: one of each algorithm, with its card, as the zoo's commands find them."""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks.results import PROJECT
+from sb3_ext.zoo.registry import ALGORITHMS
+
+FOLDER = PROJECT / "hub" / "agents"
+# The zoo's first run of an environment, and the seed of all of these agents
+SEED = 1
+MAX_WEIGHTS = 1_000_000
+ENVIRONMENTS = {
+    **{algorithm.key: "CartPole-v1" for algorithm in ALGORITHMS},
+    "option_critic": "FourRooms-v0",
+    "sac_ae": "PixelPendulum-v1",
+}
+
+
+def make(algos: Iterable[str]) -> None:
+    """
+    Train agents and write their cards. An older agent is there until the new one is complete.
+
+    :param algos: Keys in the zoo
+    """
+    for algo in algos:
+        env = ENVIRONMENTS[algo]
+        with tempfile.TemporaryDirectory(dir=PROJECT) as scratch:
+            of_agent = ["--algo", algo, "--env", env, "-f", "agents"]
+            evaluations = ["--n-evaluations", "10", "--eval-episodes", "5"]
+            _run("rl_zoo3.train", *of_agent, "--seed", str(SEED), "--num-threads", "1", *evaluations, cwd=scratch)
+            _run("sb3_ext.hub.push", *of_agent, "--dry-run", "card", "--video-steps", "300", cwd=scratch)
+            trained = Path(scratch, "agents", algo, f"{env}_1")
+            _keep(trained, Path(scratch, "card"))
+            target = FOLDER / algo / trained.name
+            if target.exists():
+                shutil.rmtree(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            trained.rename(target)
+        print(f"{algo}: {target.relative_to(PROJECT)}", flush=True)
+
+
+def _run(module: str, *arguments: str, cwd: str) -> None:
+    subprocess.run([sys.executable, "-W", "ignore", "-m", module, *arguments], cwd=cwd, check=True)
+
+
+def _keep(trained: Path, card: Path) -> None:
+    """What the zoo needs to play the agent, and of the card what is small."""
+    shown = [path for path in card.iterdir() if path.suffix in (".md", ".png", ".gif")]
+    weights = list(card.glob("agent-*.safetensors"))
+    if sum(path.stat().st_size for path in weights) <= MAX_WEIGHTS:
+        shown += [*weights, card / "agent.json"]
+    for path in trained.iterdir():
+        if path.is_file() and path.name != f"{trained.name.removesuffix('_1')}.zip":
+            path.unlink()
+    for path in shown:
+        shutil.copy(path, trained / path.name)

@@ -161,21 +161,9 @@ def test_the_card_is_true(logs, server, tmp_path):
 
 def test_the_zoos_own_commands(logs, server, tmp_path):
     environment = server.environment(tmp_path / "home")
-    push_to_hub = [
-        "-m",
-        "rl_zoo3.push_to_hub",
-        "--algo",
-        "vpg",
-        "--env",
-        "CartPole-v1",
-        "-f",
-        "logs",
-        "-orga",
-        "team",
-        "-n",
-        "30",
-    ]
-    run(*push_to_hub, "-m", "By the zoo", cwd=logs, **environment)
+    of_agent = ["--algo", "vpg", "--env", "CartPole-v1", "-f", "logs"]
+    to = ["-orga", "team", "-m", "By the zoo", "-n", "30"]
+    run("-m", "rl_zoo3.push_to_hub", *of_agent, *to, cwd=logs, **environment)
     files = server.files("team/vpg-CartPole-v1")
     assert {"README.md", "vpg-CartPole-v1.zip", "vec_normalize.pkl", "replay.mp4", "results.json"} <= set(files)
     shutil.rmtree(logs / "hub")

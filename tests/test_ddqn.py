@@ -13,8 +13,10 @@ from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv
+from torch import nn
 
 from sb3_ext import DDQN, DuelingDDQN
+from sb3_ext.algos.dueling_ddqn.policies import DuelingMLP
 from sb3_ext.common.evaluation import PerceptronEvaluation
 
 SMALL = {"learning_rate": 1e-3, "learning_starts": 32, "batch_size": 16, "buffer_size": 500, "target_update_interval": 20}
@@ -66,20 +68,38 @@ def test_target_with_discounts_of_n_steps():
 
 
 def test_dueling_aggregation_by_hand():
-    q_net = cartpole(DuelingDDQN).q_net
-    q_values = q_net.combine(th.tensor([[10.0], [20.0]]), th.tensor([[1.0, 3.0], [-2.0, 4.0]]))
-    th.testing.assert_close(q_values, th.tensor([[9.0, 11.0], [17.0, 23.0]]))
-    value_gradient, advantage_gradient = q_net.split_gradient(th.tensor([[1.0, 0.0], [2.0, -4.0]]))
-    th.testing.assert_close(value_gradient, th.tensor([[1.0], [-2.0]]))
-    th.testing.assert_close(advantage_gradient, th.tensor([[0.5, -0.5], [3.0, -3.0]]))
-
-
-def test_forward_is_the_combination_of_the_streams():
-    q_net, obs = cartpole(DuelingDDQN).q_net, th.randn(3, 4)
+    # Hidden units (1, 2) of the value and 3 of the advantages: V = 10 + 2 * 20 + 1, A = (3 * 1 + 5, 3 * -2 + 4)
+    net = DuelingMLP(3, 2, [3], nn.ReLU)
     with th.no_grad():
-        hidden = q_net.trunk(obs).relu()
-        advantages = q_net.advantage_net(hidden[:, 32:])
-        expected = q_net.value_net(hidden[:, :32]) + advantages - advantages.mean(dim=1, keepdim=True)
+        net.trunk[0].weight.copy_(th.eye(3))
+        net.trunk[0].bias.zero_()
+        net.value_net.weight.copy_(th.tensor([[10.0, 20.0]]))
+        net.value_net.bias.fill_(1.0)
+        net.advantage_net.weight.copy_(th.tensor([[1.0], [-2.0]]))
+        net.advantage_net.bias.copy_(th.tensor([5.0, 4.0]))
+    features = th.tensor([[1.0, 2.0, 3.0]])
+    expected = th.tensor([[51.0 + 8.0 - 3.0, 51.0 - 2.0 - 3.0]])
+    th.testing.assert_close(net(features), expected)
+    with th.no_grad():
+        th.testing.assert_close(net(features), expected)
+    # The loss is the value of the first action
+    activations, out = net.activations(features), [th.empty_like(parameter) for parameter in net.weights_and_biases()]
+    net.gradients(activations, th.tensor([[1.0, 0.0]]), out)
+    *_, value_weight, value_bias, advantage_weight, advantage_bias = out
+    th.testing.assert_close(value_weight, th.tensor([[1.0, 2.0]]))
+    th.testing.assert_close(value_bias, th.tensor([1.0]))
+    th.testing.assert_close(advantage_weight, th.tensor([[1.5], [-1.5]]))
+    th.testing.assert_close(advantage_bias, th.tensor([0.5, -0.5]))
+
+
+@pytest.mark.parametrize("with_graph", [False, True])
+def test_forward_is_the_combination_of_the_streams(with_graph):
+    q_net, obs = cartpole(DuelingDDQN).q_net, th.randn(3, 4)
+    net = q_net.q_net
+    with th.set_grad_enabled(with_graph):
+        hidden = net.trunk(obs).relu()
+        advantages = net.advantage_net(hidden[:, 32:])
+        expected = net.value_net(hidden[:, :32]) + advantages - advantages.mean(dim=1, keepdim=True)
         th.testing.assert_close(q_net(obs), expected)
 
 
@@ -103,14 +123,15 @@ def test_update_against_float64(algo, net_arch, max_grad_norm):
 
         if algo is DDQN:
             return run(net.q_net, obs)
+        net = net.q_net
         *shared, streams = net.trunk
         hidden = run(shared, obs)
         if hidden is not obs and hidden.requires_grad:
             hidden.register_hook(lambda gradient: gradient / np.sqrt(2))
         # The value stream has the odd unit
         values, advantages = streams(hidden).relu().tensor_split([(net_arch[-1] + 1) // 2], dim=1)
-        advantages = run(net.advantage_net, advantages)
-        return run(net.value_net, values) + advantages - advantages.mean(1, keepdim=True)
+        advantages = net.advantage_net(advantages)
+        return net.value_net(values) + advantages - advantages.mean(1, keepdim=True)
 
     next_actions = q_values(online, next_obs).argmax(1, keepdim=True)
     targets = rewards + 0.99 * (1 - dones) * q_values(target, next_obs).gather(1, next_actions)
@@ -153,12 +174,12 @@ def test_streams_of_images_are_as_in_the_paper():
     shapes = {name: tuple(parameter.shape) for name, parameter in q_net.named_parameters() if "cnn" not in name}
     assert shapes == {
         # 512 units for each stream
-        "trunk.0.weight": (1024, 3136),
-        "trunk.0.bias": (1024,),
-        "value_net.0.weight": (1, 512),
-        "value_net.0.bias": (1,),
-        "advantage_net.0.weight": (env.action_space.n, 512),
-        "advantage_net.0.bias": (env.action_space.n,),
+        "q_net.trunk.0.weight": (1024, 3136),
+        "q_net.trunk.0.bias": (1024,),
+        "q_net.value_net.weight": (1, 512),
+        "q_net.value_net.bias": (1,),
+        "q_net.advantage_net.weight": (env.action_space.n, 512),
+        "q_net.advantage_net.bias": (env.action_space.n,),
     }
 
 
@@ -179,7 +200,7 @@ def test_gradient_into_the_shared_layers_is_rescaled(policy):
         steps[rescale] = {name: value - before[name] for name, value in model.q_net.state_dict().items()}
     for name, step in steps[False].items():
         assert step.abs().max() > 0
-        is_shared = "cnn" in name or name.startswith("trunk.0")
+        is_shared = "cnn" in name or name.startswith("q_net.trunk.0")
         th.testing.assert_close(steps[True][name], step * (0.5**0.5 if is_shared else 1.0), rtol=1e-3, atol=1e-6)
 
 

@@ -27,34 +27,21 @@ def gradients():
     return th.randn(5, 2), th.randn(5, 4)
 
 
-def make_heads(extract_features=FLATTEN, features_dim=3, activation_fn=nn.ReLU, trunk_arch=None, features=(), **kwargs):
-    trunk = None if trunk_arch is None else mlp(features_dim, 7, trunk_arch, activation_fn)
-    # Behind a trunk, each head sees its own part
-    inputs = (features_dim, features_dim) if trunk is None else (4, 3)
-    networks = [mlp(inputs[0], 2, [7, 6], activation_fn), mlp(inputs[1], 4, [5], activation_fn)]
-    flat = FlatParameters(*features, *([] if trunk is None else [trunk]), *networks)
-    return Heads(extract_features, networks, trunk, activation_fn, **kwargs), flat
+def make_heads(extract_features=FLATTEN, activation_fn=nn.ReLU, features=()):
+    networks = [mlp(3, 2, [7, 6], activation_fn), mlp(3, 4, [5], activation_fn)]
+    return Heads(extract_features, networks), FlatParameters(*features, *networks)
 
 
 def expected_gradient(heads, obs, gradients, features=()):
     """Of the parameters of ``flat``, layer by layer in float64."""
-    layers, networks = [], []
-    for module in (*features, *([] if heads.trunk is None else [heads.trunk])):
-        layers.append(nn.Sequential(*copy.deepcopy(list(module))).double())
+    layers = [nn.Sequential(*copy.deepcopy(list(module))).double() for module in features]
     networks = [nn.Sequential(*copy.deepcopy(list(head))).double() for head in heads.heads]
     hidden = obs.double()
     for layer in layers:
         hidden = layer(hidden)
-    parts = [hidden, hidden]
-    if heads.trunk is not None:
-        hidden = heads.activation_fn()(hidden)
-        parts = [hidden[:, :4], hidden[:, 4:]]
-    shared = [parameter for layer in layers for parameter in layer.parameters()]
-    own = [parameter for network in networks for parameter in network.parameters()]
-    loss = sum(
-        (network(part) * gradient.double()).sum() for network, part, gradient in zip(networks, parts, gradients, strict=True)
-    )
-    return th.cat([grad.reshape(-1) for grad in th.autograd.grad(loss, shared + own)])
+    parameters = [parameter for module in [*layers, *networks] for parameter in module.parameters()]
+    loss = sum((network(hidden) * gradient.double()).sum() for network, gradient in zip(networks, gradients, strict=True))
+    return th.cat([grad.reshape(-1) for grad in th.autograd.grad(loss, parameters)])
 
 
 def check(heads, flat, batches, gradients, kind, features=()):
@@ -75,24 +62,21 @@ def check(heads, flat, batches, gradients, kind, features=()):
 
 
 @pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
-@pytest.mark.parametrize("trunk_arch", [None, [], [8]])
-def test_perceptrons(batches, gradients, activation_fn, trunk_arch):
-    heads, flat = make_heads(activation_fn=activation_fn, trunk_arch=trunk_arch)
+def test_perceptrons(batches, gradients, activation_fn):
+    heads, flat = make_heads(activation_fn=activation_fn)
     check(heads, flat, batches, gradients, PerceptronEvaluation)
 
 
-@pytest.mark.parametrize("trunk_arch", [None, [8]])
-def test_other_activation_functions(batches, gradients, trunk_arch):
-    heads, flat = make_heads(activation_fn=nn.ELU, trunk_arch=trunk_arch)
+def test_other_activation_functions(batches, gradients):
+    heads, flat = make_heads(activation_fn=nn.ELU)
     check(heads, flat, batches, gradients, GraphEvaluation)
 
 
-@pytest.mark.parametrize("trunk_arch", [None, [8]])
-def test_features_that_learn(batches, gradients, trunk_arch):
+def test_features_that_learn(batches, gradients):
     features = MLP(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 3))
-    heads, flat = make_heads(features, trunk_arch=trunk_arch, features=[features])
+    heads, flat = make_heads(features, features=[features])
     check(heads, flat, batches, gradients, PerceptronEvaluation, [features])
-    heads, flat = make_heads(features, trunk_arch=trunk_arch, features=[features], activation_fn=nn.ELU)
+    heads, flat = make_heads(features, features=[features], activation_fn=nn.ELU)
     check(heads, flat, batches, gradients, GraphEvaluation, [features])
 
 

@@ -5,67 +5,64 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
-from torch import nn
 
 from sb3_ext.common.flat_parameters import FlatParameters
-from sb3_ext.common.mlp import ACTIVATIONS, MLP
 from sb3_ext.common.observations import map_observations
+
+
+class Head(Protocol):
+    """
+    A network at the end of others, as :class:`~sb3_ext.common.mlp.MLP` is one.
+
+    ``is_plain`` says whether ``activations``, ``gradients`` and ``backward`` can be used.
+    """
+
+    is_plain: bool
+
+    def __call__(self, inputs: th.Tensor) -> th.Tensor: ...
+
+    def weights_and_biases(self) -> list[th.Tensor]: ...
+
+    def activations(self, inputs: th.Tensor) -> list[th.Tensor]: ...
+
+    def gradients(self, activations: Sequence[th.Tensor], grad_output: th.Tensor, out: Sequence[th.Tensor]) -> Any: ...
+
+    def backward(self, activations: Sequence[th.Tensor], grad_output: th.Tensor, out: Sequence[th.Tensor]) -> th.Tensor: ...
 
 
 @dataclass
 class Heads:
     """
-    Networks that share what lies in front of them: observations -> features -> each head. With a trunk behind the features,
-    which ends in an activation function, each head sees its own part of the trunk's outputs.
+    Networks that share what lies in front of them: observations -> features -> each head.
 
     :param extract_features: From a batch of preprocessed observations to the features, (batch, features_dim)
     :param heads: The networks at the end
-    :param trunk: Without its last activation function; it has as many outputs as the heads have inputs together (None: there
-        is none, and each head sees all features)
-    :param activation_fn: Behind the trunk
     """
 
     extract_features: Callable[[PyTorchObs], th.Tensor]
-    heads: Sequence[MLP]
-    trunk: MLP | None = None
-    activation_fn: type[nn.Module] = nn.ReLU
+    heads: Sequence[Head]
 
     def __call__(self, obs: PyTorchObs) -> list[th.Tensor]:
         """
         :param obs: Batch of preprocessed observations
         :return: The outputs of the heads, (batch, output_dim) each
         """
-        hidden = self.extract_features(obs)
-        if self.trunk is not None:
-            hidden = self.trunk(hidden)
-            is_constant = self.activation_fn in ACTIVATIONS and not hidden.requires_grad
-            hidden = ACTIVATIONS[self.activation_fn].in_place(hidden) if is_constant else self.activation_fn()(hidden)
-        return [head(inputs) for head, inputs in zip(self.heads, self.inputs_of(hidden), strict=True)]
-
-    def inputs_of(self, hidden: th.Tensor) -> Sequence[th.Tensor]:
-        """
-        :param hidden: What comes out of the trunk, or the features if there is none, (batch, hidden_dim)
-        :return: What each head sees, (batch, input_dim)
-        """
-        if self.trunk is None:
-            return [hidden] * len(self.heads)
-        return hidden.split([head.weights_and_biases()[0].shape[1] for head in self.heads], dim=1)
+        features = self.extract_features(obs)
+        return [head(features) for head in self.heads]
 
     def evaluate(self, flat: FlatParameters, obs: PyTorchObs, next_obs: PyTorchObs | None = None) -> Evaluation:
         """
-        :param flat: The parameters of features, trunk and heads, in this order
+        :param flat: The parameters of features and heads, in this order
         :param obs: Batch of preprocessed observations
         :param next_obs: The observations after them (None: they are not needed)
         :return: The outputs for both. Valid until the parameters change.
         """
-        networks = [*([] if self.trunk is None else [self.trunk]), *self.heads]
-        parameters = [parameter for network in networks for parameter in network.weights_and_biases()]
-        is_known = self.activation_fn in ACTIVATIONS and all(network.is_plain for network in networks)
-        if is_known and flat.ends_with(parameters):
+        parameters = [parameter for head in self.heads for parameter in head.weights_and_biases()]
+        if all(head.is_plain for head in self.heads) and flat.ends_with(parameters):
             return PerceptronEvaluation(self, flat, flat.params[: len(flat.params) - len(parameters)], obs, next_obs)
         return GraphEvaluation(self, flat, obs, next_obs)
 
@@ -119,7 +116,7 @@ class PerceptronEvaluation:
     processor, and because the gradients of large layers are then written where they belong.
 
     :param heads: Plain perceptrons
-    :param flat: The parameters of the features, then those of trunk and heads
+    :param flat: The parameters of the features, then those of the heads
     :param feature_parameters: The former
     :param obs: Batch of preprocessed observations
     :param next_obs: The observations after them
@@ -145,32 +142,20 @@ class PerceptronEvaluation:
             both_obs = [obs] if next_obs is None else [obs, next_obs]
             hidden = heads.extract_features(map_observations(lambda *batches: th.cat(batches), *both_obs))
         batch_size = len(hidden) if next_obs is None else len(hidden) // 2
-        if heads.trunk is not None:
-            trunk = heads.trunk.activations(hidden)
-            hidden = ACTIVATIONS[heads.activation_fn].in_place(trunk[-1])
-            self._trunk = [activation[:batch_size] for activation in trunk]
-        both = [head.activations(inputs) for head, inputs in zip(heads.heads, heads.inputs_of(hidden), strict=True)]
+        both = [head.activations(hidden) for head in heads.heads]
         self.next_outputs = [activations[-1][batch_size:] for activations in both]
         self._activations = [[activation[:batch_size] for activation in activations] for activations in both]
         self.outputs = [activations[-1] for activations in self._activations]
 
     def backward(self, *gradients: th.Tensor) -> None:
-        heads, out = self._heads, iter(self._flat.gradient_views())
+        out = iter(self._flat.gradient_views())
         features_out = list(islice(out, len(self._feature_parameters)))
-        trunk_out = [] if heads.trunk is None else list(islice(out, len(heads.trunk.weights_and_biases())))
-        heads_out = [list(islice(out, len(head.weights_and_biases()))) for head in heads.heads]
-        parts = zip(heads.heads, self._activations, gradients, heads_out, strict=True)
-        if heads.trunk is None and not features_out:
+        heads_out = [list(islice(out, len(head.weights_and_biases()))) for head in self._heads.heads]
+        parts = zip(self._heads.heads, self._activations, gradients, heads_out, strict=True)
+        if not features_out:
             for head, activations, gradient, head_out in parts:
-                head.gradients(activations, gradient, out=head_out)
+                head.gradients(activations, gradient, head_out)
             return
-        hidden_gradients = [head.backward(activations, gradient, head_out) for head, activations, gradient, head_out in parts]
-        if heads.trunk is None:
-            gradient = sum(hidden_gradients[1:], start=hidden_gradients[0])
-        else:
-            gradient = ACTIVATIONS[heads.activation_fn].derivative(th.cat(hidden_gradients, dim=1), self._trunk[-1])
-            if not features_out:
-                heads.trunk.gradients(self._trunk, gradient, out=trunk_out)
-                return
-            gradient = heads.trunk.backward(self._trunk, gradient, trunk_out)
+        first, *others = [head.backward(activations, gradient, head_out) for head, activations, gradient, head_out in parts]
+        gradient = sum(others, start=first)
         th._foreach_copy_(features_out, th.autograd.grad(self._features, self._feature_parameters, gradient))

@@ -84,8 +84,8 @@ class MLP(nn.Sequential):
         :param inputs: (batch, input_dim)
         :return: The inputs and the output of each layer, after its activation function; without a graph for autograd
         """
-        with _no_grad():
-            return _activations(inputs, self.weights_and_biases(), self.activation_fn)
+        with without_gradients():
+            return forward_layers(inputs, self.weights_and_biases(), self.activation_fn)
 
     def gradients(
         self, activations: Sequence[th.Tensor], grad_output: th.Tensor, out: Sequence[th.Tensor] | None = None
@@ -126,8 +126,8 @@ class MLP(nn.Sequential):
         self, activations: Sequence[th.Tensor], grad_output: th.Tensor, out: Sequence[th.Tensor] | None, of_inputs: bool
     ) -> list[th.Tensor | None]:
         wanted = [of_inputs] + [True] * len(self._weights_and_biases)
-        with _no_grad():
-            return _gradients(activations[:-1], self._weights, grad_output, self.activation_fn, wanted, out)
+        with without_gradients():
+            return backward_layers(activations[:-1], self._weights, grad_output, self.activation_fn, wanted, out)
 
     def tangent(self, activations: Sequence[th.Tensor], tangents: Sequence[th.Tensor]) -> th.Tensor:
         """
@@ -141,7 +141,7 @@ class MLP(nn.Sequential):
         if len(activations[0]) > _GRADIENT_BLOCK_ROWS:
             return th.cat([self.tangent(block, tangents) for block in _blocks(_GRADIENT_BLOCK_ROWS, *activations)])
         derivative = ACTIVATIONS[self.activation_fn].derivative
-        with _no_grad():
+        with without_gradients():
             tangent = _multiply(activations[0], tangents[0], tangents[1])
             for layer, weight in enumerate(self._weights[1:], start=1):
                 tangent = derivative(tangent, activations[layer])
@@ -221,7 +221,10 @@ ACTIVATIONS: dict[type[nn.Module], Activation] = {
 }
 
 
-def _no_grad() -> AbstractContextManager[None]:
+def without_gradients() -> AbstractContextManager[None]:
+    """
+    :return: A context without graphs for autograd
+    """
     # Entering one that changes nothing would cost as much as a small product
     return th.no_grad() if th.is_grad_enabled() else nullcontext()
 
@@ -264,7 +267,7 @@ def _blocks(n_rows: int, *tensors: th.Tensor) -> Iterator[tuple[th.Tensor, ...]]
     return zip(*[tensor.split(n_rows) for tensor in tensors], strict=True)
 
 
-def _activations(inputs: th.Tensor, parameters: Sequence[th.Tensor], activation_fn: type[nn.Module]) -> list[th.Tensor]:
+def forward_layers(inputs: th.Tensor, parameters: Sequence[th.Tensor], activation_fn: type[nn.Module]) -> list[th.Tensor]:
     """
     :param inputs: (batch, input_dim)
     :param parameters: Weight and bias of each layer
@@ -278,13 +281,13 @@ def _activations(inputs: th.Tensor, parameters: Sequence[th.Tensor], activation_
     return activations
 
 
-def _gradients(
+def backward_layers(
     activations: Sequence[th.Tensor],
     weights: Sequence[th.Tensor],
     grad_output: th.Tensor,
     activation_fn: type[nn.Module],
     wanted: Sequence[bool],
-    out: Sequence[th.Tensor] | None = None,
+    out: Sequence[th.Tensor | None] | None = None,
 ) -> list[th.Tensor | None]:
     """
     :param activations: The input of each layer
@@ -292,7 +295,7 @@ def _gradients(
     :param grad_output: (batch, output_dim)
     :param activation_fn: Between the layers
     :param wanted: For the inputs, then weight and bias of each layer, whether their gradients are needed
-    :param out: For weight and bias of each layer, where to write their gradients
+    :param out: For weight and bias of each layer, where to write their gradients; None for new tensors
     :return: The gradients in the order of ``wanted``, None where they are not
     """
     derivative = ACTIVATIONS[activation_fn].derivative
@@ -317,7 +320,7 @@ class _MLPFunction(th.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, activation_fn: type[nn.Module], inputs: th.Tensor, *parameters: th.Tensor) -> th.Tensor:
-        activations = _activations(inputs, parameters, activation_fn)
+        activations = forward_layers(inputs, parameters, activation_fn)
         ctx.activation_fn = activation_fn
         ctx.save_for_backward(*activations[:-1], *parameters[::2])
         return activations[-1]
@@ -328,4 +331,4 @@ class _MLPFunction(th.autograd.Function):
         n_layers = len(ctx.saved_tensors) // 2
         activations, weights = ctx.saved_tensors[:n_layers], ctx.saved_tensors[n_layers:]
         wanted = ctx.needs_input_grad[1:]
-        return (None, *_gradients(activations, weights, grad_outputs[0], ctx.activation_fn, wanted))
+        return (None, *backward_layers(activations, weights, grad_outputs[0], ctx.activation_fn, wanted))

@@ -27,7 +27,7 @@ class QNetwork(PreprocessingMixin, dqn.QNetwork):
 
     @property
     def heads(self) -> Heads:
-        """The networks whose outputs ``combine`` takes."""
+        """The network as its only head, behind the features."""
         return Heads(self.features_extractor, [cast(MLP, self.q_net)])
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
@@ -42,23 +42,9 @@ class QNetwork(PreprocessingMixin, dqn.QNetwork):
         :param obs: Batch of preprocessed observations
         :return: Values of all actions, (batch, n_actions)
         """
-        return self.combine(*self.heads(obs))
+        (q_values,) = self.heads(obs)
+        return q_values
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
         # SB3's counts the actions from 0
         return super()._predict(observation, deterministic) + int(self.action_space.start)
-
-    def combine(self, *outputs: th.Tensor) -> th.Tensor:
-        """
-        :param outputs: Of ``heads``, (batch, ...)
-        :return: Values of all actions, (batch, n_actions)
-        """
-        (q_values,) = outputs
-        return q_values
-
-    def split_gradient(self, gradient: th.Tensor) -> tuple[th.Tensor, ...]:
-        """
-        :param gradient: Of a loss with respect to the values, (batch, n_actions)
-        :return: Its gradient with respect to each of the outputs
-        """
-        return (gradient,)

@@ -173,11 +173,12 @@ class DDQN(RewardNormalizationMixin, DQN):
         policy, q_net = self.policy, self.policy.q_net
         replay_data = q_net.preprocess_batch(replay_data)
         online = q_net.heads.evaluate(policy.flat, replay_data.observations, replay_data.next_observations)
-        target_q_values = self._target(replay_data, q_net.combine(*online.next_outputs))
+        (q_values,), (next_q_values,) = online.outputs, online.next_outputs
+        target_q_values = self._target(replay_data, next_q_values)
         actions = replay_data.actions.long() - int(self.action_space.start)
-        loss, gradient = huber_loss(q_net.combine(*online.outputs), actions, target_q_values)
-        online.backward(*q_net.split_gradient(gradient))
-        policy.step(self.max_grad_norm)
+        loss, gradient = huber_loss(q_values, actions, target_q_values)
+        online.backward(gradient)
+        policy.flat.step(policy.optimizer, self.max_grad_norm)
         return loss
 
     def _target(self, replay_data: ReplayBufferSamples, online_next_q_values: th.Tensor) -> th.Tensor:

@@ -24,24 +24,13 @@ class DDQNPolicy(FlatParametersMixin, DQNPolicy):
     def _build(self, lr_schedule: Schedule) -> None:
         super()._build(lr_schedule)
         self.q_net_target.requires_grad_(False)
-        self.flat = self.make_flat_parameters()
+        self.flat = FlatParameters(self.q_net)
         self.optimizer = self.flat.make_optimizer(self.optimizer_class, lr_schedule(1), self.optimizer_kwargs)
-
-    def make_flat_parameters(self) -> FlatParameters:
-        return FlatParameters(self.q_net)
 
     def set_training_mode(self, mode: bool) -> None:
         # Acting sets it at every step, and setting it visits every module
         if self.training != mode or self.q_net.training != mode:
             super().set_training_mode(mode)
-
-    def step(self, max_grad_norm: float) -> None:
-        """
-        One step of the optimizer along the gradient that is there.
-
-        :param max_grad_norm: Largest Euclidean norm of the gradient
-        """
-        self.flat.step(self.optimizer, max_grad_norm)
 
     def make_q_net(self) -> QNetwork:
         # A features extractor of its own for each network

@@ -7,6 +7,8 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from huggingface_hub import ModelCard
+
 from benchmarks.results import PROJECT
 from sb3_ext.zoo.registry import ALGORITHMS
 
@@ -42,6 +44,23 @@ def make(algos: Iterable[str]) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             trained.rename(target)
         print(f"{algo}: {target.relative_to(PROJECT)}", flush=True)
+    write_index()
+
+
+def write_index() -> None:
+    """The page that lists the agents that are there, with their cards and their returns."""
+    lines = [
+        "# Trained agents",
+        "One of each algorithm, trained by `python -m benchmarks agents` with the hyperparameters of this package and the\n"
+        f"seed {SEED}. The zoo plays them:",
+        "```sh\npython -m rl_zoo3.enjoy --algo vpg --env CartPole-v1 -f hub/agents\n```",
+    ]
+    rows = ["| agent | environment | mean return |", "|---|---|---|"]
+    for path in sorted(FOLDER.glob("*/*/README.md")):
+        (result,) = ModelCard.load(path).data.eval_results
+        link = path.parent.relative_to(FOLDER).as_posix()
+        rows.append(f"| [{link.split('/')[0]}]({link}/README.md) | {result.dataset_name} | {result.metric_value} |")
+    (FOLDER / "README.md").write_text("\n\n".join([*lines, "\n".join(rows)]) + "\n")
 
 
 def _run(module: str, *arguments: str, cwd: str) -> None:

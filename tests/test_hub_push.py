@@ -1,5 +1,6 @@
 """Agents and data sets go to a Hub on localhost and come back, through its real client and through the zoo's commands."""
 
+import argparse
 import json
 import os
 import re
@@ -12,15 +13,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch as th
 import yaml
 from hub_http import DROP_REQUEST
 from hub_server import HubServer
+from huggingface_sb3 import EnvironmentName
 from PIL import Image
 from stable_baselines3 import PPO
 
+from sb3_ext.hub import load_safe
 from sb3_ext.hub.card import describe, extras, training_command, tuning
-from sb3_ext.hub.evaluation import MAX_GIF_BYTES, write_gif, write_video
+from sb3_ext.hub.evaluation import MAX_GIF_BYTES, evaluate, write_gif, write_video
+from sb3_ext.zoo import register
 from sb3_ext.zoo.registry import ALGORITHMS
+
+register()
+from sb3_ext.zoo.agents import find_agent, load_agent  # noqa: E402
 
 SHIPPED = "sb3-ext/cartpole/replay-v0"
 BRIEFLY = ["--eval-seeds", "2", "--eval-episodes", "2", "--video-steps", "30"]
@@ -276,6 +284,32 @@ def test_data_sets_go_up_and_are_trained_on(server, tmp_path):
     failed = run(*shlex.split(missing)[1:], *briefly, cwd=tmp_path, check=False, **environment)
     assert failed.returncode == 65 and "hf://team/no-such-data cannot be downloaded" in failed.stderr
     assert "Traceback" not in failed.stderr
+
+
+# -- the agents of the repository --
+
+AGENT_FOLDER = Path(__file__).parents[1] / "hub" / "agents"
+
+
+@pytest.mark.parametrize("algorithm", ALGORITHMS, ids=lambda algorithm: algorithm.key)
+def test_agents_of_the_repository_do_what_their_cards_say(algorithm):
+    (card,) = AGENT_FOLDER.glob(f"{algorithm.key}/*/README.md")
+    env_id = card.parent.name.removesuffix("_1")
+    args = argparse.Namespace(
+        **{"algo": algorithm.key, "env": EnvironmentName(env_id), "folder": str(AGENT_FOLDER), "device": "cpu", "seed": 0},
+        **{"exp_id": 0, "load_best": False, "load_checkpoint": None, "load_last_checkpoint": False},
+    )
+    model, env, _ = load_agent(args, *find_agent(args))
+    rows = re.findall(r"^\| (\d+) \| (-?[\d.]+) \| [\d.]+ \| [\d.]+ \|$", card.read_text(), re.MULTILINE)
+    seed, mean = rows[0]
+    assert evaluate(model, env, [int(seed)], 10, True).mean == pytest.approx(float(mean), rel=0.05)
+    assert re.search(rf"^\| \[{algorithm.key}\]", (AGENT_FOLDER / "README.md").read_text(), re.MULTILINE)
+    for path in card.parent.glob("*.gif"):
+        assert path.stat().st_size <= MAX_GIF_BYTES
+    if (card.parent / "agent.json").is_file():
+        loaded, _ = load_safe(card.parent, device="cpu")
+        for (name, ours), theirs in zip(model.policy.state_dict().items(), loaded.policy.state_dict().values(), strict=True):
+            assert th.equal(ours, theirs), name
 
 
 # -- parts of the card --

@@ -19,6 +19,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from benchmarks.frames import resident_bytes
 from sb3_ext import SACAE, FrameReplayBuffer
 from sb3_ext.algos.sac_ae.autoencoder import ConvDecoder, ConvEncoder, init_weights, quantize, to_image
 from sb3_ext.algos.sac_ae.reconstructions import ReconstructionCallback, montage, pictures
@@ -369,6 +370,16 @@ def test_memory_of_100_000_transitions():
     space = spaces.Box(0, 255, (9, 84, 84), np.uint8)
     buffer = FrameReplayBuffer(100_000, space, spaces.Box(-1, 1, (6,)), device="cpu", n_stack=3)
     assert buffer.nbytes <= 2.2e9
+
+
+def test_a_loaded_agent_has_no_memory_for_transitions(tmp_path):
+    env = FakeImageEnv(screen_height=84, screen_width=84, n_channels=9, discrete=False)
+    SACAE("CnnPolicy", env, device="cpu", policy_kwargs=SMALL).save(tmp_path / "model")
+    before = resident_bytes()
+    model = SACAE.load(tmp_path / "model", device="cpu")
+    # Room for 100,000 transitions, which the system gives when they come
+    assert model.replay_buffer.nbytes > 6e9
+    assert resident_bytes() - before < 200e6
 
 
 @pytest.mark.parametrize(

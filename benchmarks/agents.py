@@ -76,5 +76,8 @@ def _keep(trained: Path, card: Path) -> None:
     for path in trained.iterdir():
         if path.is_file() and path.name != f"{trained.name.removesuffix('_1')}.zip":
             path.unlink()
+    # Where this repository lies on the machine that trained
+    for path in trained.glob("*/command.txt"):
+        path.unlink()
     for path in shown:
         shutil.copy(path, trained / path.name)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 
+from benchmarks.data import settings
 from benchmarks.results import PROJECT
 from sb3_ext.zoo.registry import ALGORITHMS
 
@@ -33,7 +34,8 @@ def make(algos: Iterable[str]) -> None:
         env = ENVIRONMENTS[algo]
         with tempfile.TemporaryDirectory(dir=PROJECT) as scratch:
             of_agent = ["--algo", algo, "--env", env, "-f", "agents"]
-            evaluations = ["--n-evaluations", "10", "--eval-episodes", "5"]
+            every = int(settings(algo, env, [])["n_timesteps"]) // 10
+            evaluations = ["--eval-freq", str(every), "--eval-episodes", "5"]
             _run("rl_zoo3.train", *of_agent, "--seed", str(SEED), "--num-threads", "1", *evaluations, cwd=scratch)
             _run("sb3_ext.hub.push", *of_agent, "--dry-run", "card", "--video-steps", "300", cwd=scratch)
             trained = Path(scratch, "agents", algo, f"{env}_1")

@@ -160,7 +160,7 @@ def learning_curve(log_path: Path) -> Figure | None:
         axes.fill_between(steps, mean - std, mean + std, alpha=0.2)
         axes.set_title(f"Evaluations during training, {returns.shape[1]} episodes each")
     elif len(episodes := _episodes(log_path)):
-        window = min(100, len(episodes))
+        window = min(100, -(-len(episodes) // 10))
         axes.plot(episodes["l"].cumsum(), episodes["r"].rolling(window, min_periods=1).mean())
         axes.set_title(f"Episodes of the training, means over {window}")
     else:

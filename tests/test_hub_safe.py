@@ -19,7 +19,7 @@ import pytest
 import safetensors.torch
 import sb3_contrib
 import torch as th
-from algo_cases import CASES, OBSERVATIONS, SMALL_ACTOR_CRITIC, SMALL_DDQN, SMALL_SAC, AlgoCase
+from algo_cases import CASES, OBSERVATIONS, SMALL_ACTOR_CRITIC, SMALL_DDQN, SMALL_SAC, AlgoCase, seed_observations
 from gymnasium import spaces
 from gymnasium.wrappers import FlattenObservation, TimeAwareObservation
 from rl_zoo3.utils import linear_schedule as zoo_schedule
@@ -34,6 +34,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 from test_algos import N_STEPS, assert_same_weights, observations, weights
 from torch import nn
 
+from sb3_ext import OptionCritic, SACDiscrete
 from sb3_ext.hub import SafeFormatError, load_safe, save_safe
 
 SMALL_TD3 = {key: value for key, value in SMALL_DDQN.items() if key != "target_update_interval"}
@@ -46,14 +47,25 @@ OTHERS = [
     AlgoCase(DDPG, spaces.Box, SMALL_TD3),
     AlgoCase(TD3, spaces.Box, SMALL_TD3),
     AlgoCase(SAC, spaces.Box, SMALL_SAC),
-    AlgoCase(sb3_contrib.CrossQ, spaces.Box, SMALL_SAC),
+    AlgoCase(sb3_contrib.CrossQ, spaces.Box, SMALL_SAC, observations=("vector",)),
     AlgoCase(sb3_contrib.MaskablePPO, spaces.Discrete, SMALL_PPO),
     AlgoCase(sb3_contrib.QRDQN, spaces.Discrete, SMALL_DDQN),
     AlgoCase(sb3_contrib.RecurrentPPO, spaces.Box, SMALL_PPO),
     AlgoCase(sb3_contrib.TQC, spaces.Box, SMALL_SAC),
     AlgoCase(sb3_contrib.TRPO, spaces.Box, {**SMALL_ACTOR_CRITIC, "batch_size": 6}),
 ]
-each_case = pytest.mark.parametrize("case", [*CASES, *OTHERS], ids=lambda case: f"{case.algo.__module__[:3]}-{case}")
+ALL_CASES = [*CASES, *OTHERS]
+
+
+def name_of(case):
+    return f"{case.algo.__module__[:3]}-{case}"
+
+
+def case_of(algo):
+    return next(case for case in CASES if case.algo is algo)
+
+
+each_case = pytest.mark.parametrize("case", ALL_CASES, ids=name_of)
 
 
 @pytest.fixture
@@ -81,8 +93,8 @@ def learn(model):
     return model.learn(N_STEPS, reset_num_timesteps=False, **kwargs)
 
 
-def make(case, observation="vector", env=None, **kwargs):
-    policy, make_env = OBSERVATIONS[observation]
+def make(case, observation=None, env=None, **kwargs):
+    policy, make_env = OBSERVATIONS[observation or case.observations[0]]
     if case.algo is sb3_contrib.RecurrentPPO:
         policy = policy.replace("Policy", "LstmPolicy")
     # SB3 changes what it is given
@@ -137,11 +149,12 @@ def replace_weights(folder, data):
 # ---- What comes back ----
 
 
-@each_case
-@pytest.mark.parametrize("observation", OBSERVATIONS)
+@pytest.mark.parametrize(
+    ("case", "observation"),
+    [(case, observation) for case in ALL_CASES for observation in case.observations],
+    ids=lambda value: value if isinstance(value, str) else name_of(value),
+)
 def test_same_agent_without_pickle(case, observation, tmp_path, no_pickle):
-    if case.algo is sb3_contrib.CrossQ and observation != "vector":
-        pytest.skip("CrossQ has no such policy")
     model = learn(make(case, observation))
     save_safe(model, tmp_path)
     loaded, _ = load_safe(tmp_path)
@@ -171,6 +184,7 @@ def test_training_goes_on(case, tmp_path, no_pickle):
         each.set_random_seed(1)
         each.action_space = env.action_space
         env.action_space.seed(1)
+        seed_observations(env, 1)
         if case.is_offline:
             each.batch_generator.manual_seed(1), each.generator.manual_seed(1)
         learn(each)
@@ -199,7 +213,7 @@ def test_state_dependent_exploration(case, tmp_path):
 
 
 def test_learned_entropy_coefficient(tmp_path):
-    model = learn(make(CASES[-1]))
+    model = learn(make(case_of(SACDiscrete)))
     save_safe(model, tmp_path)
     loaded, _ = load_safe(tmp_path)
     assert loaded.log_ent_coef.item() == model.log_ent_coef.item() != 0.0
@@ -801,7 +815,7 @@ print(json.dumps(errors))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a measure of memory")
-@pytest.mark.parametrize("case", [OTHERS[1], CASES[-1]], ids=str)
+@pytest.mark.parametrize("case", [OTHERS[1], case_of(SACDiscrete)], ids=str)
 def test_takes_twice_the_memory_of_its_files(case, folder):
     model = learn(make(case, policy_kwargs={"net_arch": [2000, 1000]}))
     save_safe(model, folder.parent / "large")
@@ -851,8 +865,8 @@ def test_damaged_files(tmp_path):
         "ppo": make(OTHERS[2], env=env, policy_kwargs=dict(tiny), use_sde=True),
         "td3": make(OTHERS[5], policy_kwargs=dict(tiny), action_noise=NormalActionNoise(np.zeros(1), np.ones(1))),
         "bcq": make(CASES[0], policy_kwargs={**tiny, "vae_net_arch": [2]}, n_acting_candidates=3),
-        "option_critic": make(CASES[-2], policy_kwargs=dict(tiny)),
-        "sac_discrete": make(CASES[-1], policy_kwargs=dict(tiny)),
+        "option_critic": make(case_of(OptionCritic), policy_kwargs=dict(tiny)),
+        "sac_discrete": make(case_of(SACDiscrete), policy_kwargs=dict(tiny)),
     }
     for name, model in models.items():
         save_safe(learn(model), agents / name, env_id="CartPole-v1", env_kwargs={"a": [1, 2]})

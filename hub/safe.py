@@ -493,4 +493,7 @@ def _read_entry(tensors: Tensors, name: str, example: Any, param: th.Tensor) -> 
     as_tensor = th.as_tensor(example)
     shape = tuple(param.shape if as_tensor.shape == _EXAMPLE_SHAPE else as_tensor.shape)
     entry = tensors.read(name, as_tensor.dtype, shape)
-    return entry.clone() if isinstance(example, th.Tensor) else entry.item()
+    if not isinstance(example, th.Tensor):
+        return entry.item()
+    # In the layout of the parameter: fused Adam on CPU goes through memory without a look at it
+    return th.empty_like(param, dtype=entry.dtype, device="cpu").copy_(entry) if shape == tuple(param.shape) else entry.clone()

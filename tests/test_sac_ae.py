@@ -23,6 +23,7 @@ from benchmarks.frames import resident_bytes
 from sb3_ext import SACAE, FrameReplayBuffer
 from sb3_ext.algos.sac_ae.autoencoder import ConvDecoder, ConvEncoder, init_weights, quantize, to_image
 from sb3_ext.algos.sac_ae.reconstructions import ReconstructionCallback, montage, pictures
+from sb3_ext.algos.sac_ae.sac_ae import _minimize
 
 SMALL = {"net_arch": [16], "features_extractor_kwargs": {"features_dim": 8, "n_layers": 2, "n_filters": 4}}
 
@@ -324,6 +325,18 @@ def test_updates_at_once_before_the_first():
     assert model._n_updates == 8
     model.learn(1, reset_num_timesteps=False)
     assert model._n_updates == 9
+
+
+def test_gradients_are_laid_out_as_their_parameters():
+    torch_version, ours = (nn.Parameter(th.arange(54.0).reshape(2, 3, 3, 3)) for _ in range(2))
+    ours.data = ours.data.contiguous(memory_format=th.channels_last)
+    optimizers = [th.optim.Adam([torch_version], lr=0.1), th.optim.Adam([ours], lr=0.1, fused=True)]
+    factors = th.linspace(-1, 1, 54).reshape(2, 3, 3, 3)
+    for _ in range(3):
+        for param, optimizer in zip((torch_version, ours), optimizers, strict=True):
+            # A copy in between, whose gradient has the layout of the copy
+            _minimize((param.contiguous().square() * factors).sum(), optimizer)
+    th.testing.assert_close(ours, torch_version)
 
 
 # -- sharing, saving, arguments --

@@ -384,6 +384,7 @@ def _minimize(loss: th.Tensor, *optimizers: th.optim.Optimizer, retain_graph: bo
     """
     params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
     for param, gradient in zip(params, th.autograd.grad(loss, params, retain_graph=retain_graph), strict=True):
-        param.grad = gradient
+        # Fused Adam on CPU goes through memory without a look at the layout
+        param.grad = gradient if gradient.stride() == param.stride() else th.empty_like(param).copy_(gradient)
     for optimizer in optimizers:
         optimizer.step()

@@ -282,7 +282,10 @@ CASES = [
         "sac-discrete-pixels-b64", "sac_discrete", (4, 84, 84), 6, True, 64, sac_discrete, ("tianshou", "d3rlpy"),
         n_transitions=2_000, learning_rate=3e-4, off_policy=True,
     ),
-    Case("sac-ae-b128", "sac_ae", (9, 84, 84), 6, False, 128, sac_ae, (), n_transitions=1_000, off_policy=True),
+    Case(
+        "sac-ae-b128", "sac_ae", (9, 84, 84), 6, False, 128, sac_ae, (),
+        ours={"initial_gradient_steps": 0}, n_transitions=1_000, off_policy=True,
+    ),
 ]  # fmt: skip
 
 _MLP = {"policy": "MlpPolicy"}

@@ -1,12 +1,15 @@
 """The trained agents in ``hub/agents``: one of each algorithm, with its card, as the zoo's commands find them."""
 
+import io
 import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
+import torch as th
 from huggingface_hub import ModelCard
 
 from benchmarks.data import settings
@@ -54,7 +57,7 @@ def write_index() -> None:
     lines = [
         "# Trained agents",
         "One of each algorithm, trained by `python -m benchmarks agents` with the hyperparameters of this package and the\n"
-        f"seed {SEED}. The zoo plays them:",
+        f"seed {SEED}, saved without the state of their optimizers. The zoo plays them:",
         "```sh\npython -m rl_zoo3.enjoy --algo vpg --env CartPole-v1 -f hub/agents\n```",
     ]
     rows = ["| agent | environment | mean return |", "|---|---|---|"]
@@ -69,14 +72,34 @@ def _run(module: str, *arguments: str, cwd: str) -> None:
     subprocess.run([sys.executable, "-W", "ignore", "-m", module, *arguments], cwd=cwd, check=True)
 
 
+def drop_optimizer_state(path: Path) -> None:
+    """
+    The state of an optimizer is twice as large as what it trains, and no agent needs it to be played.
+
+    :param path: A model that SB3 has saved, replaced by one whose optimizers have not done a step
+    """
+    temporary = path.with_suffix(".tmp")
+    with zipfile.ZipFile(path) as before, zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED) as after:
+        for name in before.namelist():
+            content = before.read(name)
+            if name.endswith("optimizer.pth"):
+                buffer = io.BytesIO()
+                th.save({**th.load(io.BytesIO(content), weights_only=True), "state": {}}, buffer)
+                content = buffer.getvalue()
+            after.writestr(name, content)
+    temporary.replace(path)
+
+
 def _keep(trained: Path, card: Path) -> None:
     """What the zoo needs to play the agent, and of the card what is small."""
+    model = trained / f"{trained.name.removesuffix('_1')}.zip"
+    drop_optimizer_state(model)
     shown = [path for path in card.iterdir() if path.suffix in (".md", ".png", ".gif")]
     weights = list(card.glob("agent-*.safetensors"))
     if sum(path.stat().st_size for path in weights) <= MAX_WEIGHTS:
         shown += [*weights, card / "agent.json"]
     for path in trained.iterdir():
-        if path.is_file() and path.name != f"{trained.name.removesuffix('_1')}.zip":
+        if path.is_file() and path != model:
             path.unlink()
     # Where this repository lies on the machine that trained
     for path in trained.glob("*/command.txt"):

@@ -17,6 +17,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 from sb3_ext.zoo.registry import ALGORITHMS
 
 from .data import DatasetStatistics
@@ -80,10 +81,9 @@ def render(contents: CardContents) -> str:
     summary, paper = describe(algorithm)
     organization, name = contents.repo_id.split("/")
     default_name = f"{algo}-{env_id}".replace("/", "-")
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
-        files(__package__).joinpath("card.md").read_text(encoding="utf-8")
-    )
-    return template.render(
+    is_offline = issubclass(algorithm, OfflineAlgorithm)
+    return render_template(
+        "card.md",
         card_data=metadata(contents).to_yaml(),
         class_name=algorithm.__name__,
         algo=algo,
@@ -104,11 +104,21 @@ def render(contents: CardContents) -> str:
         dataset=contents.dataset,
         seed=contents.train_args["seed"],
         n_timesteps=f"{int(contents.hyperparams['n_timesteps']):,}",
-        unit="gradient updates" if contents.dataset else "steps",
+        unit="gradient updates" if is_offline else "steps",
         hyperparams=_yaml(contents.hyperparams),
         env_kwargs=_yaml(contents.env_kwargs) if contents.env_kwargs else "",
         versions={"Python": python_version(), **{library: version(library) for library in _LIBRARIES}},
     )
+
+
+def render_template(name: str, **values: Any) -> str:
+    """
+    :param name: Of a template in this package
+    :param values: Of its variables
+    :return: The text
+    """
+    environment = Environment(undefined=StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(files(__package__).joinpath(name).read_text(encoding="utf-8")).render(**values)
 
 
 def metadata(contents: CardContents) -> ModelCardData:
@@ -128,10 +138,15 @@ def metadata(contents: CardContents) -> ModelCardData:
         verified=False,
     )
     tags = [contents.env_id, contents.algo, "deep-reinforcement-learning", "reinforcement-learning", "stable-baselines3"]
+    tags += ["sb3-ext", "offline-reinforcement-learning"] if issubclass(contents.algorithm, OfflineAlgorithm) else ["sb3-ext"]
     return ModelCardData(
         library_name="stable-baselines3",
         license=contents.license,
-        tags=[*tags, "sb3-ext", *(["offline-reinforcement-learning"] if contents.dataset else [])],
+        tags=[
+            *tags,
+            "sb3-ext",
+            *(["offline-reinforcement-learning"] if issubclass(contents.algorithm, OfflineAlgorithm) else []),
+        ],
         model_name=contents.algorithm.__name__,
         eval_results=[result],
     )

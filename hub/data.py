@@ -52,14 +52,13 @@ class DatasetStatistics:
         return float(self.returns.max())
 
 
-def statistics_of(source: str | Path, env_id: str | None = None) -> DatasetStatistics:
+def statistics_of(source: str | Path) -> DatasetStatistics:
     """
     :param source: Id or folder of a Minari data set
-    :param env_id: Environment for which the error says how to make a data set
     :return: Its statistics
     :raises DatasetNotFoundError: if there is none
     """
-    dataset = MinariDataset(find_folder(source, env_id))
+    dataset = MinariDataset(find_folder(source, None))
     rewards = [episode.rewards for episode in dataset.iterate_episodes()]
     name = Path(source).name if Path(source).is_absolute() else str(source)
     return DatasetStatistics(name, np.array([each.sum() for each in rewards]), np.array([len(each) for each in rewards]))

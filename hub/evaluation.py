@@ -89,7 +89,7 @@ def record(model: BaseAlgorithm, env: VecEnv, n_steps: int, deterministic: bool)
     """
     :param model: The agent
     :param env: One environment, made with ``render_mode="rgb_array"``
-    :param n_steps: Steps to play, or to the end of the episode in which they end
+    :param n_steps: Steps to play
     :param deterministic: Whether the agent acts deterministically
     :return: Frames, uint8, (height, width, 3)
     """

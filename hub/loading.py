@@ -50,10 +50,8 @@ def load(
     :raises SafeFormatError: if the files are damaged or name something that is not allowed, or there is only a zip
     :raises HubError: if the Hub refuses, or cannot be reached
     """
-    # The environments of this package
+    # The environments that the zoo knows, this package's among them
     register()
-    import sb3_ext.envs  # noqa: F401
-
     with explained(repo_id), tempfile.TemporaryDirectory() as folder:
         download = _Downloads(repo_id, revision, token, Path(folder))
         if trust_pickle:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import errno
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -19,6 +20,19 @@ from huggingface_hub.errors import (
 from .errors import HubError
 
 _AGAIN = "Nothing is half done: try again"
+
+
+def add_repository(parser: argparse.ArgumentParser, name: str, message: str) -> None:
+    """
+    :param parser: Gets the arguments that say where and how to publish, except for the organization
+    :param name: What the repository is called by default, for the help
+    :param message: Of the commit by default
+    """
+    parser.add_argument("-name", "--repo-name", help=f"name of the repository (default: {name})")
+    parser.add_argument("-m", "--commit-message", help="commit message", default=message)
+    parser.add_argument("--private", help="make the repository private", action="store_true")
+    parser.add_argument("--token", help="access token (default: HF_TOKEN, or that of `hf auth login`)")
+    parser.add_argument("--license", help="licence of what is published, an identifier of the Hub", default="mit")
 
 
 def check_token(token: str | None, repo_id: str) -> None:

@@ -11,27 +11,26 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import rl_zoo3.import_envs  # noqa: F401
 import torch as th
 import yaml
 from gymnasium import Wrapper
 from huggingface_sb3 import EnvironmentName, ModelName
 from rl_zoo3.exp_manager import ExperimentManager
-from rl_zoo3.utils import ALGOS, get_saved_hyperparams
+from rl_zoo3.utils import ALGOS, get_class_by_name, get_saved_hyperparams
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
-from sb3_ext.offline.errors import AgentError
+from sb3_ext.offline.errors import DatasetError
 from sb3_ext.zoo import pictures, register
 from sb3_ext.zoo.agents import add_choice_of_agent, find_agent, load_agent
 
 from .card import CardContents, Picture, render
-from .data import statistics_of
+from .data import DatasetStatistics, statistics_of
 from .errors import HubError
 from .evaluation import Evaluation, evaluate, learning_curve, record, write_gif, write_video
-from .publishing import check_token, files_in, upload
+from .publishing import add_repository, check_token, files_in, upload
 from .safe import save_safe
 
 
@@ -45,12 +44,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--env", help="environment ID", type=EnvironmentName, required=True)
     add_choice_of_agent(parser)
     parser.add_argument("-orga", "--organization", help="user or organization on the Hub (not needed for --dry-run)")
-    parser.add_argument("-name", "--repo-name", help="name of the repository (default: algo-env)")
-    parser.add_argument("-m", "--commit-message", help="commit message", default="Trained agent")
+    add_repository(parser, name="algo-env", message="Trained agent")
     parser.add_argument("--dry-run", help="write what would be pushed into this folder, and push nothing", type=Path)
-    parser.add_argument("--private", help="make a new repository private", action="store_true")
-    parser.add_argument("--token", help="access token (default: HF_TOKEN, or that of `hf auth login`)")
-    parser.add_argument("--license", help="licence of the agent, an identifier of the Hub", default="mit")
     parser.add_argument("--eval-seeds", help="number of seeds to evaluate with", type=int, default=5)
     parser.add_argument("--eval-episodes", help="episodes with each seed", type=int, default=10)
     parser.add_argument("--seed", help="first seed of the evaluation", type=int, default=0)
@@ -82,7 +77,7 @@ def package(args: argparse.Namespace, folder: Path) -> None:
 
     :param args: Of the command
     :param folder: An empty folder
-    :raises AgentError: if there is no such agent
+    :raises DatasetError: if there is no such agent, or its data are no longer there
     """
     model_path, log_path = find_agent(args)
     params_path = Path(log_path, args.env)
@@ -106,13 +101,23 @@ def package(args: argparse.Namespace, folder: Path) -> None:
         hyperparams=hyperparams,
         train_args=train_args,
         env_kwargs=env_kwargs,
-        dataset=statistics_of(hyperparams["dataset"]) if isinstance(model, OfflineAlgorithm) else None,
+        dataset=dataset_of(hyperparams) if isinstance(model, OfflineAlgorithm) else None,
         pictures=shown,
         has_video=has_video,
         license=args.license,
     )
     (folder / "README.md").write_text(render(contents), encoding="utf-8")
     env.close()
+
+
+def dataset_of(hyperparams: dict[str, Any]) -> DatasetStatistics | None:
+    """
+    :param hyperparams: Of an offline agent, as the zoo saved them
+    :return: Statistics of its data; None for a pickled replay buffer, which is not opened for a card
+    :raises DatasetError: if the data are no longer there
+    """
+    source = str(hyperparams["dataset"])
+    return None if source.endswith(".pkl") else statistics_of(source)
 
 
 def acts(args: argparse.Namespace) -> bool:
@@ -133,8 +138,7 @@ def wrappers_of(hyperparams: dict[str, Any]) -> list[tuple[type[Wrapper], dict[s
     wrappers = []
     for entry in named if isinstance(named, list) else [named]:
         ((name, kwargs),) = entry.items() if isinstance(entry, dict) else ((entry, {}),)
-        module, _, class_name = name.rpartition(".")
-        wrappers.append((getattr(__import__(module, fromlist=[class_name]), class_name), kwargs or {}))
+        wrappers.append((get_class_by_name(name), kwargs or {}))
     return wrappers
 
 
@@ -226,7 +230,6 @@ def main(argv: list[str] | None = None) -> None:
     register()
     args = parse(argv)
     th.set_num_threads(args.num_threads)
-    np.random.seed(args.seed)
     try:
         if args.dry_run is not None:
             write_folder(args)
@@ -237,7 +240,7 @@ def main(argv: list[str] | None = None) -> None:
                 files = files_in(Path(folder))
                 url = upload(files, repo_id_of(args), args.commit_message, private=args.private, token=args.token)
             print(f"Published: {url}")
-    except (AgentError, HubError) as error:
+    except (DatasetError, HubError) as error:
         print(f"sb3-ext: error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
 

@@ -5,23 +5,22 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gymnasium import spaces
 from huggingface_hub import DatasetCardData
-from jinja2 import Environment, StrictUndefined
 from matplotlib.figure import Figure
 from minari import MinariDataset
 
 from sb3_ext.offline.catalog import METADATA, find_folder
 from sb3_ext.offline.errors import DatasetError
 
+from .card import render_template
 from .data import DatasetStatistics, statistics_of
 from .errors import HubError
-from .publishing import files_in, upload
+from .publishing import add_repository, files_in, upload
 
 # Points of a picture, beyond which it only grows darker
 _MAX_POINTS = 20_000
@@ -35,12 +34,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m sb3_ext.hub.push_dataset", description=__doc__)
     parser.add_argument("--dataset", help="Minari id, or path of the data set", required=True)
     parser.add_argument("-orga", "--organization", help="user or organization on the Hub", required=True)
-    parser.add_argument("-name", "--repo-name", help="name of the repository (default: the id with - for /)")
-    parser.add_argument("-m", "--commit-message", help="commit message", default="Data set")
+    add_repository(parser, name="the id with - for /", message="Data set")
     parser.add_argument("--dry-run", help="write the card and its pictures into this folder, and push nothing", type=Path)
-    parser.add_argument("--private", help="make a new repository private", action="store_true")
-    parser.add_argument("--token", help="access token (default: HF_TOKEN, or that of `hf auth login`)")
-    parser.add_argument("--license", help="licence of the data, an identifier of the Hub", default="mit")
     return parser.parse_args(argv)
 
 
@@ -65,10 +60,8 @@ def write_card(args: argparse.Namespace, dataset: MinariDataset, statistics: Dat
     card_data = DatasetCardData(
         license=args.license, task_categories=["reinforcement-learning"], tags=["minari", "offline-reinforcement-learning"]
     )
-    template = Environment(undefined=StrictUndefined, keep_trailing_newline=True).from_string(
-        resources.files(__package__).joinpath("dataset_card.md").read_text(encoding="utf-8")
-    )
-    card = template.render(
+    card = render_template(
+        "dataset_card.md",
         card_data=card_data.to_yaml(),
         repo_id=repo_id_of(args),
         dataset=statistics,
@@ -137,7 +130,8 @@ def _sampled(dataset: MinariDataset) -> tuple[np.ndarray, np.ndarray]:
 
 def _rows(observations: Any, n: int) -> list[Any]:
     if isinstance(observations, dict):
-        return [{key: _rows(value, n)[index] for key, value in observations.items()} for index in range(n)]
+        columns = [_rows(column, n) for column in observations.values()]
+        return [dict(zip(observations, values, strict=True)) for values in zip(*columns, strict=True)]
     return list(observations[:n])
 
 

@@ -370,6 +370,15 @@ def test_convolutions_stay_the_same_object(tmp_path):
     assert not th.equal(before["0.weight"], after["0.weight"])
 
 
+def test_learning_rates_given_at_loading_are_used(tmp_path):
+    make_model().learn(14).save(tmp_path / "model")
+    rates = {"encoder_learning_rate": 1e-5, "decoder_learning_rate": 2e-5, "ent_coef_learning_rate": 3e-5}
+    loaded = SACAE.load(tmp_path / "model", env=image_env(), device="cpu", **rates)
+    loaded.learn(2, reset_num_timesteps=False)
+    optimizers = [loaded.policy.encoder_optimizer, loaded.policy.decoder_optimizer, loaded.ent_coef_optimizer]
+    assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == list(rates.values())
+
+
 def test_number_of_frames_is_found():
     vec_env = VecFrameStack(make_vec_env(image_env), n_stack=2)
     model = SACAE("CnnPolicy", vec_env, buffer_size=50, device="cpu", policy_kwargs=SMALL)

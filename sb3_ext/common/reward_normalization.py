@@ -27,5 +27,7 @@ class RewardNormalizationMixin(OffPolicyAlgorithm):
         normalize = self._vec_normalize_env
         if normalize is not None and not normalize.norm_obs:
             reward, self._vec_normalize_env = normalize.get_original_reward(), None
-        super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
-        self._vec_normalize_env = normalize
+        try:
+            super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
+        finally:
+            self._vec_normalize_env = normalize

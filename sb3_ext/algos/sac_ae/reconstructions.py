@@ -50,7 +50,7 @@ class ReconstructionCallback(BaseCallback):
     def _draw(self) -> None:
         buffer = self.model.replay_buffer
         assert buffer is not None
-        # Drawing must not change the training: a generator of its own, not numpy's global one
+        # Drawing must not change the training, which samples with numpy's global generator
         state = np.random.get_state()
         observations = buffer.sample(self.n_images).observations
         np.random.set_state(state)

@@ -203,8 +203,6 @@ class SACAE(RewardNormalizationMixin, SAC):
             self.ent_coef_optimizer = th.optim.Adam(
                 [self.log_ent_coef], lr=self.ent_coef_learning_rate, betas=self.ent_coef_betas
             )
-        update_learning_rate(self.policy.encoder_optimizer, self.encoder_learning_rate)
-        update_learning_rate(self.policy.decoder_optimizer, self.decoder_learning_rate)
 
     def _n_stack(self) -> int:
         """:return: of how many frames an observation consists, as far as the environment tells"""
@@ -227,8 +225,7 @@ class SACAE(RewardNormalizationMixin, SAC):
         """
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
-        # The other optimizers have learning rates of their own
-        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        self._update_learning_rates()
         if self._n_updates == 0:
             gradient_steps += self.initial_gradient_steps
 
@@ -245,6 +242,13 @@ class SACAE(RewardNormalizationMixin, SAC):
                     f"Training diverged: {name} is {mean} after {self.num_timesteps} steps. Try a smaller learning rate."
                 )
             self.logger.record(f"train/{name}", mean)
+
+    def _update_learning_rates(self) -> None:
+        self._update_learning_rate([self.actor.optimizer, self.critic.optimizer])
+        update_learning_rate(self.policy.encoder_optimizer, self.encoder_learning_rate)
+        update_learning_rate(self.policy.decoder_optimizer, self.decoder_learning_rate)
+        if self.ent_coef_optimizer is not None:
+            update_learning_rate(self.ent_coef_optimizer, self.ent_coef_learning_rate)
 
     def _update(self, replay_data: ReplayBufferSamples) -> dict[str, th.Tensor]:
         """:return: what to log, scalars from before the update"""

@@ -142,11 +142,7 @@ def metadata(contents: CardContents) -> ModelCardData:
     return ModelCardData(
         library_name="stable-baselines3",
         license=contents.license,
-        tags=[
-            *tags,
-            "sb3-ext",
-            *(["offline-reinforcement-learning"] if issubclass(contents.algorithm, OfflineAlgorithm) else []),
-        ],
+        tags=tags,
         model_name=contents.algorithm.__name__,
         eval_results=[result],
     )

@@ -1,5 +1,6 @@
 """Trains agents, through the zoo or in a peer, evaluates them, and keeps one row for each finished run."""
 
+import os
 import shlex
 import subprocess
 import sys
@@ -8,8 +9,9 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -261,6 +263,18 @@ def _contender(run: Run, folder: Path) -> Row:
     }
 
 
+def end_with_parent() -> None:
+    """A worker whose parent was killed would go on with the next runs, whose rows nobody writes."""
+
+    def wait() -> None:
+        parent = parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    Thread(target=wait, daemon=True).start()
+
+
 def run_all(runs: list[Run], page: str, folder: Path, jobs: int) -> None:
     """
     Make the rows that are missing.
@@ -276,7 +290,7 @@ def run_all(runs: list[Run], page: str, folder: Path, jobs: int) -> None:
     missing = pending(runs, results.read(path))
     print(f"{path.name}: {len(runs) - len(missing)} of {len(runs)} runs are there", flush=True)
     own_command, failed = results.own_command(), []
-    with ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(max_workers=jobs, mp_context=get_context("spawn"), initializer=end_with_parent) as pool:
         futures = {pool.submit(execute, run, folder): run for run in missing}
         for future in as_completed(futures):
             run = futures[future]

@@ -31,7 +31,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--evaluations", type=int, default=10, help="points of the learning curve")
     verb.add_argument("--episodes", type=int, default=100, help="episodes of the final evaluation")
     verb.add_argument("--controls", action="store_true", help="also behaviour cloning and plain DQN or DDPG on the same data")
-    verb.add_argument("--peers", nargs="+", default=[], choices=list(PEERS), help="also these peers on the same data")
+    verb.add_argument("--peers", nargs="+", default=[], choices=list(PEERS), help="also these, on the same data if any")
     verb.add_argument("--only-others", action="store_true", help="the controls and the peers without the algorithm itself")
     verb.add_argument("--page", help="file of results (default: the one that the algorithm belongs to)")
     verb.add_argument("--jobs", type=int, default=1, help="runs at a time")

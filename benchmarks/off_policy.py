@@ -135,7 +135,7 @@ class Tianshou:
         policy = DiscreteQLearningPolicy(model=model, action_space=gym.spaces.Discrete(n_actions))
         return DQN(policy=policy, optim=optim, target_update_freq=1000, huber_loss_delta=1.0)
 
-    def _discrete_sac(self, shape: list[int], n_actions: int, optim: Any) -> Any:
+    def _discrete_sac(self, shape: list[int], n_actions: int, optim: Any, entropy_ratio: float = 0.5, **settings: Any) -> Any:
         import gymnasium as gym
         from tianshou.algorithm.modelfree.discrete_sac import DiscreteSAC, DiscreteSACPolicy
         from tianshou.algorithm.modelfree.sac import AutoAlpha
@@ -156,7 +156,8 @@ class Tianshou:
             critic=critics[0],
             critic_optim=optim,
             critic2=critics[1],
-            alpha=AutoAlpha(0.5 * np.log(n_actions), 0.0, optim),
+            alpha=AutoAlpha(entropy_ratio * np.log(n_actions), 0.0, optim),
+            **settings,
         )
 
     def update(self, n: int) -> None:

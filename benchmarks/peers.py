@@ -18,7 +18,12 @@ DEFAULT_FOLDER = PROJECT / ".peers"
 
 # One environment each: d3rlpy pins gymnasium==1.0.0. The same torch in all of them.
 TORCH = "torch==2.13.0"
-PEERS = {"d3rlpy": ["d3rlpy==2.8.1", "gymnasium==1.0.0"], "tianshou": ["tianshou==2.0.1"], "torchrl": ["torchrl==0.14.1"]}
+PEERS = {
+    "d3rlpy": ["d3rlpy==2.8.1", "gymnasium==1.0.0"],
+    "tianshou": ["tianshou==2.0.1", "gymnasium[box2d]"],
+    "torchrl": ["torchrl==0.14.1"],
+    "sbx": ["sbx-rl==0.28.0", "gymnasium[box2d]"],
+}
 
 
 def interpreter(name: str, folder: Path) -> Path:

@@ -19,6 +19,7 @@ import numpy as np
 from benchmarks import data, results
 from benchmarks.peers import DEFAULT_FOLDER, RemoteAgent, Worker
 from benchmarks.results import Row
+from benchmarks.workers import ONLINE_CONTENDERS
 
 # Far from the seeds of training, and the same for everyone: all agents start from the same states
 EVALUATION_SEED = 1_000_000
@@ -230,17 +231,38 @@ def _description(run: Run, dataset: str) -> Row:
     return data.arrays(dataset, env.observation_space, env.action_space)[1]
 
 
-def _contender(run: Run, folder: Path) -> Row:
+def _offline_spec(run: Run, env: Any, folder: Path) -> tuple[Row, Row]:
     hyperparameters = run.hyperparameters()
-    if not isinstance(hyperparameters.get("dataset"), str):
+    table, description = data.arrays(hyperparameters["dataset"], env.observation_space, env.action_space)
+    path = folder / "data.npz"
+    np.savez(path, **table)  # type: ignore[arg-type]
+    spec = data.spec(run.algo, hyperparameters, env.observation_space, env.action_space, seed=run.seed, data=str(path))
+    return spec, description
+
+
+def _online_spec(run: Run) -> Row:
+    settings = run.hyperparameters()
+    del settings["n_timesteps"]
+    if "policy_kwargs" in settings:
+        settings["policy_kwargs"] = eval(settings["policy_kwargs"])  # as the zoo does
+    return {
+        "algo": run.algo,
+        "env": run.env,
+        "settings": settings,
+        "n_timesteps": run.timesteps(),
+        "seed": run.seed,
+        "threads": 1,
+    }
+
+
+def _contender(run: Run, folder: Path) -> Row:
+    offline = isinstance(run.hyperparameters().get("dataset"), str)
+    if not offline and run.contender not in ONLINE_CONTENDERS:
         raise ValueError(f"{run.contender} needs data: give --dataset, {run.algo} has none for {run.env}.")
     env = _make_env(run, 1, run.seed)
-    table, description = data.arrays(hyperparameters["dataset"], env.observation_space, env.action_space)
     total, step = run.timesteps(), max(run.timesteps() // run.n_evaluations, 1)
     with tempfile.TemporaryDirectory() as scratch, Worker(run.contender, folder) as worker:
-        npz = Path(scratch, "data.npz")
-        np.savez(npz, **table)  # type: ignore[arg-type]
-        spec = data.spec(run.algo, hyperparameters, env.observation_space, env.action_space, seed=run.seed, data=str(npz))
+        spec, description = _offline_spec(run, env, Path(scratch)) if offline else (_online_spec(run), None)
         begin = time.perf_counter()
         versions = worker.ask("build", spec=spec)["versions"]
         agent, steps, curve = RemoteAgent(worker, env.action_space), [], []

@@ -8,7 +8,7 @@ implementation, so this file needs no more than numpy and what the contender imp
 - ``predict(observations)``: actions, one for each observation, Box actions in [-1, 1].
 
 The contenders of on-policy learning are in :mod:`benchmarks.on_policy`, those of off-policy learning in
-:mod:`benchmarks.off_policy`.
+:mod:`benchmarks.off_policy` and, where they act themselves, in :mod:`benchmarks.online`.
 """
 
 import functools
@@ -319,6 +319,8 @@ OFF_POLICY_CONTENDERS = {
     "torchrl": "benchmarks.off_policy.TorchRL",
     "arithmetic": "benchmarks.workers.Arithmetic",
 }
+# Those of a spec that has environments to learn in
+ONLINE_CONTENDERS = {"sbx": "benchmarks.online.SBX", "tianshou": "benchmarks.online.Tianshou"}
 # Those of a spec that says what is measured, see benchmarks.cases.OnPolicyCase
 ON_POLICY_CONTENDERS = {
     "ours": "benchmarks.on_policy.StableBaselines",
@@ -335,6 +337,8 @@ def contenders_for(spec: dict[str, Any]) -> dict[str, str]:
     """
     if "measured" in spec:
         return ON_POLICY_CONTENDERS
+    if "n_timesteps" in spec:
+        return ONLINE_CONTENDERS
     return OFF_POLICY_CONTENDERS if spec.get("off_policy") else CONTENDERS
 
 

@@ -1,0 +1,100 @@
+"""
+Contenders that learn online and act in environments of their own, see :mod:`benchmarks.workers`: ``update(n)`` goes on until
+n more steps have been taken. In the spec, ``settings`` are the zoo's hyperparameters, ``n_timesteps`` is the length of the
+training.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+
+from benchmarks import off_policy
+
+# What the hyperparameters of our SAC-Discrete leave out
+SAC_DISCRETE = {
+    "learning_rate": 3e-4,
+    "buffer_size": 1_000_000,
+    "learning_starts": 100,
+    "batch_size": 256,
+    "tau": 0.005,
+    "gamma": 0.99,
+    "train_freq": 1,
+    "gradient_steps": 1,
+    "n_steps": 1,
+    "target_entropy_ratio": 0.5,
+}
+
+
+class SBX:
+    """https://github.com/araffin/sbx: DQN in JAX, driven by the loop of SB3's ``learn``."""
+
+    packages = ("sbx-rl", "jax", "stable-baselines3", "gymnasium")
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import gymnasium as gym
+        import sbx
+        from stable_baselines3.common.env_util import make_vec_env
+
+        # With the id in its place, the environments would be made to render
+        env = make_vec_env(functools.partial(gym.make, spec["env"]), seed=spec["seed"])
+        self.model: Any = getattr(sbx, spec["algo"].upper())(env=env, seed=spec["seed"], **spec["settings"])
+        _, self.callback = self.model._setup_learn(spec["n_timesteps"], None)
+        self.n_timesteps = 0
+
+    def update(self, n: int) -> None:
+        model = self.model
+        self.n_timesteps += n
+        while model.num_timesteps < self.n_timesteps:
+            rollout = model.collect_rollouts(
+                model.env, self.callback, model.train_freq, model.replay_buffer, learning_starts=model.learning_starts
+            )
+            if model.num_timesteps > model.learning_starts:
+                n_updates = model.gradient_steps if model.gradient_steps >= 0 else rollout.episode_timesteps
+                model.train(batch_size=model.batch_size, gradient_steps=n_updates)
+
+    def predict(self, observations: np.ndarray) -> np.ndarray:
+        return self.model.predict(observations, deterministic=True)[0]
+
+
+class Tianshou(off_policy.Tianshou):
+    """https://github.com/thu-ml/tianshou: DiscreteSAC with one environment, its collector and ``update`` in turns."""
+
+    packages = ("tianshou", "torch", "gymnasium")
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        import gymnasium as gym
+        import torch as th
+        from tianshou.algorithm.optim import AdamOptimizerFactory
+        from tianshou.data import Collector, ReplayBuffer
+        from tianshou.env import DummyVectorEnv
+
+        th.set_num_threads(spec["threads"])
+        th.manual_seed(spec["seed"])
+        np.random.seed(spec["seed"])
+        settings = {**SAC_DISCRETE, **spec["settings"]}
+        self.batch_size, self.learning_starts = settings["batch_size"], settings["learning_starts"]
+        self.train_freq, self.gradient_steps = settings["train_freq"], settings["gradient_steps"]
+        envs = DummyVectorEnv([functools.partial(gym.make, spec["env"])])
+        envs.seed(spec["seed"])
+        self.buffer = ReplayBuffer(settings["buffer_size"])
+        self.algorithm = self._discrete_sac(
+            envs.observation_space[0].shape,
+            int(envs.action_space[0].n),
+            AdamOptimizerFactory(lr=settings["learning_rate"]),
+            entropy_ratio=settings["target_entropy_ratio"],
+            tau=settings["tau"],
+            gamma=settings["gamma"],
+            n_step_return_horizon=settings["n_steps"],
+        )
+        self.collector = Collector(self.algorithm, envs, self.buffer)
+        self.collector.reset()
+        self.n_timesteps = self.n_collected = 0
+
+    def update(self, n: int) -> None:
+        self.n_timesteps += n
+        while self.n_collected < self.n_timesteps:
+            random = self.n_collected < self.learning_starts
+            self.n_collected += self.collector.collect(n_step=self.train_freq, random=random).n_collected_steps
+            if self.n_collected > self.learning_starts:
+                super().update(self.gradient_steps if self.gradient_steps >= 0 else self.train_freq)

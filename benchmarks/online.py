@@ -1,7 +1,7 @@
 """
 Contenders that learn online and act in environments of their own, see :mod:`benchmarks.workers`: ``update(n)`` goes on until
-n more steps have been taken. In the spec, ``settings`` are the zoo's hyperparameters, ``n_timesteps`` is the length of the
-training.
+n more steps have been taken. In the spec, ``settings`` are the zoo's hyperparameters, ``defaults`` what its algorithm has
+where they say nothing, and ``n_timesteps`` is the length of the training.
 """
 
 import functools
@@ -10,20 +10,6 @@ from typing import Any
 import numpy as np
 
 from benchmarks import off_policy
-
-# What the hyperparameters of our SAC-Discrete leave out
-SAC_DISCRETE = {
-    "learning_rate": 3e-4,
-    "buffer_size": 1_000_000,
-    "learning_starts": 100,
-    "batch_size": 256,
-    "tau": 0.005,
-    "gamma": 0.99,
-    "train_freq": 1,
-    "gradient_steps": 1,
-    "n_steps": 1,
-    "target_entropy_ratio": 0.5,
-}
 
 
 class SBX:
@@ -37,7 +23,7 @@ class SBX:
         from stable_baselines3.common.env_util import make_vec_env
 
         # With the id in its place, the environments would be made to render
-        env = make_vec_env(functools.partial(gym.make, spec["env"]), seed=spec["seed"])
+        env = make_vec_env(functools.partial(gym.make, spec["env"], **spec["env_kwargs"]), seed=spec["seed"])
         self.model: Any = getattr(sbx, spec["algo"].upper())(env=env, seed=spec["seed"], **spec["settings"])
         _, self.callback = self.model._setup_learn(spec["n_timesteps"], None)
         self.n_timesteps = 0
@@ -72,10 +58,10 @@ class Tianshou(off_policy.Tianshou):
         th.set_num_threads(spec["threads"])
         th.manual_seed(spec["seed"])
         np.random.seed(spec["seed"])
-        settings = {**SAC_DISCRETE, **spec["settings"]}
+        settings = {**spec["defaults"], **spec["settings"]}
         self.batch_size, self.learning_starts = settings["batch_size"], settings["learning_starts"]
         self.train_freq, self.gradient_steps = settings["train_freq"], settings["gradient_steps"]
-        envs = DummyVectorEnv([functools.partial(gym.make, spec["env"])])
+        envs = DummyVectorEnv([functools.partial(gym.make, spec["env"], **spec["env_kwargs"])])
         envs.seed(spec["seed"])
         self.buffer = ReplayBuffer(settings["buffer_size"])
         self.algorithm = self._discrete_sac(

@@ -1,5 +1,6 @@
 """Trains agents, through the zoo or in a peer, evaluates them, and keeps one row for each finished run."""
 
+import inspect
 import os
 import shlex
 import subprocess
@@ -19,7 +20,7 @@ import numpy as np
 from benchmarks import data, results
 from benchmarks.peers import DEFAULT_FOLDER, RemoteAgent, Worker
 from benchmarks.results import Row
-from benchmarks.workers import ONLINE_CONTENDERS
+from benchmarks.workers import CONTENDERS, ONLINE_CONTENDERS
 
 # Far from the seeds of training, and the same for everyone: all agents start from the same states
 EVALUATION_SEED = 1_000_000
@@ -241,6 +242,12 @@ def _offline_spec(run: Run, env: Any, folder: Path) -> tuple[Row, Row]:
 
 
 def _online_spec(run: Run) -> Row:
+    from sb3_ext.zoo import register
+
+    register()
+    from rl_zoo3.utils import ALGOS
+
+    parameters = inspect.signature(ALGOS[run.algo]).parameters.values()
     settings = run.hyperparameters()
     del settings["n_timesteps"]
     if "policy_kwargs" in settings:
@@ -248,7 +255,9 @@ def _online_spec(run: Run) -> Row:
     return {
         "algo": run.algo,
         "env": run.env,
+        "env_kwargs": _env_kwargs(run),
         "settings": settings,
+        "defaults": {one.name: one.default for one in parameters if isinstance(one.default, (int, float, str))},
         "n_timesteps": run.timesteps(),
         "seed": run.seed,
         "threads": 1,
@@ -259,6 +268,8 @@ def _contender(run: Run, folder: Path) -> Row:
     offline = isinstance(run.hyperparameters().get("dataset"), str)
     if not offline and run.contender not in ONLINE_CONTENDERS:
         raise ValueError(f"{run.contender} needs data: give --dataset, {run.algo} has none for {run.env}.")
+    if offline and run.contender not in CONTENDERS:
+        raise ValueError(f"{run.contender} learns online only, and {run.algo} on {run.env} learns from data.")
     env = _make_env(run, 1, run.seed)
     total, step = run.timesteps(), max(run.timesteps() // run.n_evaluations, 1)
     with tempfile.TemporaryDirectory() as scratch, Worker(run.contender, folder) as worker:

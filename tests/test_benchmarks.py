@@ -2,7 +2,11 @@
 
 import json
 import multiprocessing
+import os
 import pickle
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
@@ -23,6 +27,7 @@ from benchmarks.returns import (
     EVALUATION_SEED,
     N_EVALUATION_ENVS,
     Run,
+    execute,
     pending,
     train,
     trained_agent,
@@ -294,6 +299,54 @@ def test_off_policy_contenders_update_and_act(tmp_path: Path, case: cases.Case):
             after = worker.ask("predict", observations=observations)["actions"]
         assert before != after, name
         assert set(after) <= set(range(case.n_actions))
+
+
+@pytest.mark.parametrize("algo, name", [("dqn", "sbx"), ("sac_discrete", "tianshou")])
+def test_peers_learn_online(algo: str, name: str):
+    if not (DEFAULT_FOLDER / name).exists():
+        pytest.skip("needs `python -m benchmarks peers`")
+    params = ("learning_starts:50", "train_freq:4", "gradient_steps:2", "buffer_size:1000")
+    run = Run("default", name, name, algo, "CartPole-v1", 1, params=params, n_timesteps=200, n_evaluations=2, n_episodes=10)
+    row = execute(run)
+    assert row["eval_steps"] == [100, 200] and len(row["final_returns"]) == 10 and min(row["final_returns"]) > 0
+
+
+@pytest.mark.parametrize("algo, contender, error", [("bcq", "sbx", "online only"), ("ddqn", "d3rlpy", "needs data")])
+def test_a_contender_learns_online_or_from_data(algo: str, contender: str, error: str):
+    with pytest.raises(ValueError, match=error):
+        execute(Run("default", contender, contender, algo, "CartPole-v1", 1))
+
+
+def test_a_worker_ends_with_its_parent(tmp_path: Path):
+    code = """
+import os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from benchmarks.returns import end_with_parent
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"), initializer=end_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    pool.submit(time.sleep, 60)
+    time.sleep(60)
+"""
+    script = tmp_path / "pool.py"
+    script.write_text(code)
+    env = {**os.environ, "PYTHONPATH": str(results.PROJECT)}
+    with subprocess.Popen([sys.executable, script], stdout=subprocess.PIPE, text=True, env=env) as parent:
+        assert parent.stdout is not None
+        worker = int(parent.stdout.readline())
+        parent.kill()
+    deadline = time.monotonic() + 20
+    while is_running(worker) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not is_running(worker)
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def test_settings_of_dqn_are_compared_with_the_same_numbers_of_updates():

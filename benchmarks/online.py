@@ -51,7 +51,7 @@ class Tianshou(off_policy.Tianshou):
     def __init__(self, spec: dict[str, Any]) -> None:
         import gymnasium as gym
         import torch as th
-        from tianshou.algorithm.optim import AdamOptimizerFactory
+        from tianshou.algorithm.optim import AdamOptimizerFactory, LRSchedulerFactoryLinear
         from tianshou.data import Collector, ReplayBuffer
         from tianshou.env import DummyVectorEnv
 
@@ -60,14 +60,19 @@ class Tianshou(off_policy.Tianshou):
         np.random.seed(spec["seed"])
         settings = {**spec["defaults"], **spec["settings"]}
         self.batch_size, self.learning_starts = settings["batch_size"], settings["learning_starts"]
-        self.train_freq, self.gradient_steps = settings["train_freq"], settings["gradient_steps"]
+        self.train_freq = settings["train_freq"]
+        self.n_updates = settings["gradient_steps"] if settings["gradient_steps"] >= 0 else self.train_freq
         envs = DummyVectorEnv([functools.partial(gym.make, spec["env"], **spec["env_kwargs"])])
         envs.seed(spec["seed"])
         self.buffer = ReplayBuffer(settings["buffer_size"])
+        falling, _, rate = str(settings["learning_rate"]).rpartition("lin_")
+        optim = AdamOptimizerFactory(lr=float(rate))
+        if falling:
+            optim.with_lr_scheduler_factory(LRSchedulerFactoryLinear(1, spec["n_timesteps"] * self.n_updates, self.train_freq))
         self.algorithm = self._discrete_sac(
             envs.observation_space[0].shape,
             int(envs.action_space[0].n),
-            AdamOptimizerFactory(lr=settings["learning_rate"]),
+            optim,
             entropy_ratio=settings["target_entropy_ratio"],
             tau=settings["tau"],
             gamma=settings["gamma"],
@@ -83,4 +88,4 @@ class Tianshou(off_policy.Tianshou):
             random = self.n_collected < self.learning_starts
             self.n_collected += self.collector.collect(n_step=self.train_freq, random=random).n_collected_steps
             if self.n_collected > self.learning_starts:
-                super().update(self.gradient_steps if self.gradient_steps >= 0 else self.train_freq)
+                super().update(self.n_updates)

@@ -305,7 +305,7 @@ def test_off_policy_contenders_update_and_act(tmp_path: Path, case: cases.Case):
 def test_peers_learn_online(algo: str, name: str):
     if not (DEFAULT_FOLDER / name).exists():
         pytest.skip("needs `python -m benchmarks peers`")
-    params = ("learning_starts:50", "train_freq:4", "gradient_steps:2", "buffer_size:1000")
+    params = ("learning_starts:50", "train_freq:4", "gradient_steps:2", "buffer_size:1000")  # the rate is that of the yml
     run = Run("default", name, name, algo, "CartPole-v1", 1, params=params, n_timesteps=200, n_evaluations=2, n_episodes=10)
     row = execute(run)
     assert row["eval_steps"] == [100, 200] and len(row["final_returns"]) == 10 and min(row["final_returns"]) > 0

@@ -139,6 +139,7 @@ class Tianshou:
         import gymnasium as gym
         from tianshou.algorithm.modelfree.discrete_sac import DiscreteSAC, DiscreteSACPolicy
         from tianshou.algorithm.modelfree.sac import AutoAlpha
+        from tianshou.algorithm.optim import AdamOptimizerFactory
         from tianshou.env.atari.atari_network import DQNet
         from tianshou.utils.net.common import Net
         from tianshou.utils.net.discrete import DiscreteActor, DiscreteCritic
@@ -156,7 +157,8 @@ class Tianshou:
             critic=critics[0],
             critic_optim=optim,
             critic2=critics[1],
-            alpha=AutoAlpha(entropy_ratio * np.log(n_actions), 0.0, optim),
+            # Its rate stays, AutoAlpha takes no schedule
+            alpha=AutoAlpha(entropy_ratio * np.log(n_actions), 0.0, AdamOptimizerFactory(lr=optim.lr)),
             **settings,
         )
 

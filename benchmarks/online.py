@@ -12,6 +12,15 @@ import numpy as np
 from benchmarks import off_policy
 
 
+def learning_rate(setting: float | str) -> tuple[float, bool]:
+    """
+    :param setting: As in the zoo's hyperparameters, a number or ``lin_0.001``
+    :return: The first learning rate, and whether it falls to zero over the training
+    """
+    text = str(setting)
+    return float(text.removeprefix("lin_")), text.startswith("lin_")
+
+
 class SBX:
     """https://github.com/araffin/sbx: DQN in JAX, driven by the loop of SB3's ``learn``."""
 
@@ -65,9 +74,9 @@ class Tianshou(off_policy.Tianshou):
         envs = DummyVectorEnv([functools.partial(gym.make, spec["env"], **spec["env_kwargs"])])
         envs.seed(spec["seed"])
         self.buffer = ReplayBuffer(settings["buffer_size"])
-        falling, _, rate = str(settings["learning_rate"]).rpartition("lin_")
-        optim = AdamOptimizerFactory(lr=float(rate))
-        if falling:
+        rate, falls = learning_rate(settings["learning_rate"])
+        optim = AdamOptimizerFactory(lr=rate)
+        if falls:
             optim.with_lr_scheduler_factory(LRSchedulerFactoryLinear(1, spec["n_timesteps"] * self.n_updates, self.train_freq))
         self.algorithm = self._discrete_sac(
             envs.observation_space[0].shape,

@@ -21,6 +21,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from benchmarks import __main__ as commands
 from benchmarks import cases, data, four_rooms, frames, gpu, results
 from benchmarks.on_policy import StableBaselines
+from benchmarks.online import learning_rate
 from benchmarks.peers import DEFAULT_FOLDER, PEERS, RemoteAgent, Worker
 from benchmarks.report import frames_section, interquartile_mean, normalized, write
 from benchmarks.returns import (
@@ -305,10 +306,15 @@ def test_off_policy_contenders_update_and_act(tmp_path: Path, case: cases.Case):
 def test_peers_learn_online(algo: str, name: str):
     if not (DEFAULT_FOLDER / name).exists():
         pytest.skip("needs `python -m benchmarks peers`")
-    params = ("learning_starts:50", "train_freq:4", "gradient_steps:2", "buffer_size:1000")  # the rate is that of the yml
+    params = ("learning_starts:50", "train_freq:4", "gradient_steps:2", "buffer_size:1000")
     run = Run("default", name, name, algo, "CartPole-v1", 1, params=params, n_timesteps=200, n_evaluations=2, n_episodes=10)
     row = execute(run)
     assert row["eval_steps"] == [100, 200] and len(row["final_returns"]) == 10 and min(row["final_returns"]) > 0
+
+
+@pytest.mark.parametrize("setting, expected", [("lin_0.002", (0.002, True)), ("0.002", (0.002, False)), (1e-3, (1e-3, False))])
+def test_learning_rate_of_a_peer_falls_if_the_zoos_does(setting: float | str, expected: tuple[float, bool]):
+    assert learning_rate(setting) == expected
 
 
 @pytest.mark.parametrize("algo, contender, error", [("bcq", "sbx", "online only"), ("ddqn", "d3rlpy", "needs data")])

@@ -4,6 +4,7 @@ The list of test cases that every algorithm joins with one line; ``test_algos.py
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,8 @@ from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ext import BCQ, DDQN, NPG, REINFORCE, SACAE, TRPO, VPG, DuelingDDQN, OptionCritic, SACDiscrete
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
+
+DEVICE = os.environ.get("SB3_EXT_TEST_DEVICE", "cpu")
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,7 @@ class AlgoCase:
 
     def make(self, env: gym.Env | VecEnv, policy: str | None = None, **kwargs: Any) -> Any:
         policy = policy or self.policy
-        kwargs = {"seed": 0, "device": "cpu", **self.kwargs, **kwargs}
+        kwargs = {"seed": 0, "device": DEVICE, **self.kwargs, **kwargs}
         model_env = self.algo._wrap_env(env)
         seed_observations(model_env, kwargs["seed"])
         if self.is_offline:

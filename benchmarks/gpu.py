@@ -32,8 +32,6 @@ def make_model(device: str, **policy_kwargs: Any) -> tuple[SACAE, Any]:
         device=device,
         policy_kwargs={"optimizer_kwargs": optimizer_kwargs, **policy_kwargs},
     )
-    if model.ent_coef_optimizer is not None and device != "cpu":
-        model.ent_coef_optimizer.param_groups[0]["capturable"] = True
     rng, shape = np.random.default_rng(0), model.observation_space.shape
     obs = rng.integers(0, 256, (CASE.batch_size + 1, 1, *shape), np.uint8)
     for index in range(CASE.batch_size):

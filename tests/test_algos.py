@@ -159,7 +159,7 @@ def test_reward_normalization_stores_images_and_rewards_as_they_are(case):
     buffer = model.replay_buffer
     np.testing.assert_array_equal(buffer.rewards[: buffer.pos], rewards)
     np.random.seed(0)  # for the environments
-    sampled = buffer._get_samples(np.zeros(8, int)).observations.numpy()
+    sampled = buffer._get_samples(np.zeros(8, int)).observations.cpu().numpy()
     assert all((row == seen[0]).all(axis=(1, 2, 3)).any() for row in sampled)
 
 

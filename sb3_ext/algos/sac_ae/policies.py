@@ -15,6 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.sac.policies import Actor as SACActor
 from stable_baselines3.sac.policies import SACPolicy
 from torch import nn
+from torch.distributions import Normal
 
 from sb3_ext.algos.sac_ae.autoencoder import ConvDecoder, ConvEncoder, init_weights
 
@@ -46,9 +47,12 @@ class Actor(SACActor):
         """
         mean_actions, log_std = self._dist_params(self.features_extractor.project(maps))
         # Not `action_dist`, which would keep the graph and with it the activations
-        distribution = SquashedDiagGaussianDistribution(mean_actions.shape[1])
-        actions, log_prob = distribution.log_prob_from_params(mean_actions, log_std)
-        return actions, log_prob.reshape(-1, 1)
+        squashed = SquashedDiagGaussianDistribution(mean_actions.shape[1])
+        # A GPU would have to wait for each validation, and a CUDA graph cannot
+        squashed.distribution = Normal(mean_actions, log_std.exp(), validate_args=False)
+        gaussian_actions = squashed.distribution.rsample()
+        actions = gaussian_actions.tanh()
+        return actions, squashed.log_prob(actions, gaussian_actions).reshape(-1, 1)
 
     def _dist_params(self, features: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         latent_pi = self.latent_pi(features)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from sb3_ext.algos.sac_ae.autoencoder import channels_last, quantize, to_image
 from sb3_ext.algos.sac_ae.policies import Actor, CnnPolicy, Critic, SACAEPolicy
+from sb3_ext.common.adam import SingleTensorAdam
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.frame_replay_buffer import FrameReplayBuffer
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
@@ -200,8 +201,8 @@ class SACAE(RewardNormalizationMixin, SAC):
                 warnings.filterwarnings("ignore", message="`n_steps=")
             super()._setup_model()
         if self.log_ent_coef is not None:
-            self.ent_coef_optimizer = th.optim.Adam(
-                [self.log_ent_coef], lr=self.ent_coef_learning_rate, betas=self.ent_coef_betas
+            self.ent_coef_optimizer = SingleTensorAdam(
+                [self.log_ent_coef], lr=self.ent_coef_learning_rate, betas=self.ent_coef_betas, fused=True
             )
 
     def _n_stack(self) -> int:

@@ -334,6 +334,25 @@ def frames_section(rows: list[Row]) -> str:
     )
 
 
+def gpu_section(rows: list[Row]) -> str:
+    """:return: table of the latest measurement on each GPU"""
+    latest = [group[-1] for group in grouped(rows, "case", "gpu").values()]
+    lines = []
+    for row in latest:
+        eager, graph = row["updates_per_s"]["eager"], row["updates_per_s"]["graph"]
+        of_graph = f"{statistics.median(graph):.0f} (**{paired_ratio(graph, eager):.2f} x**)"
+        lines.append([row["case"], row["gpu"], f"{statistics.median(eager):.0f}", of_graph, f"{row['peak_bytes'] / 1e6:.0f}"])
+    return "\n\n".join(
+        [
+            "### Speed on a GPU",
+            "Updates per second, launched kernel by kernel and as a CUDA graph; the highest sum of tensors on the GPU, both "
+            "models together.",
+            table(["case", "GPU", "eager", "CUDA graph", "peak MB"], lines),
+            provenance(latest, "command"),
+        ]
+    )
+
+
 def write(path: Path, folder: Path) -> Path:
     """
     :param path: File of results
@@ -351,6 +370,7 @@ def write(path: Path, folder: Path) -> Path:
         "on-policy speed": on_policy_section,
         "memory": memory_section,
         "frames": frames_section,
+        "gpu": gpu_section,
     }
     if ("four rooms",) in rows:
         sections.append(four_rooms_section(rows[("four rooms",)], folder / f"{path.stem}-four-rooms.png"))

@@ -463,6 +463,16 @@ def test_report_of_on_policy_algorithms(tmp_path: Path):
     assert (tmp_path / "docs" / "page-default-CartPole-v1.png").stat().st_size > 5000
 
 
+def test_report_of_gpus(tmp_path: Path):
+    path = tmp_path / "page.jsonl"
+    for name, rates in (("A", [1.0]), ("B", [60.0, 50.0, 40.0]), ("A", [30.0, 20.0, 10.0])):
+        updates = {"eager": rates, "graph": [2 * rate for rate in rates]}
+        row = {"kind": "gpu", "case": "c", "gpu": name, "updates_per_s": updates, "peak_bytes": 5_000_000}
+        results.append(path, {**row, "command": "python -m benchmarks gpu", **results.stamp()})
+    page = write(path, tmp_path / "docs").read_text()
+    assert "| c | A | 20 | 40 (**2.00 x**) | 5 |\n| c | B | 50 | 100 (**2.00 x**) | 5 |\n\n" in page
+
+
 def test_gpu_is_not_needed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     commands.gpu(commands.parse(["gpu"]))

@@ -50,9 +50,8 @@ class Actor(SACActor):
         squashed = SquashedDiagGaussianDistribution(mean_actions.shape[1])
         # A GPU would have to wait for each validation, and a CUDA graph cannot
         squashed.distribution = Normal(mean_actions, log_std.exp(), validate_args=False)
-        gaussian_actions = squashed.distribution.rsample()
-        actions = gaussian_actions.tanh()
-        return actions, squashed.log_prob(actions, gaussian_actions).reshape(-1, 1)
+        actions = squashed.sample()
+        return actions, squashed.log_prob(actions, squashed.gaussian_actions).reshape(-1, 1)
 
     def _dist_params(self, features: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
         latent_pi = self.latent_pi(features)

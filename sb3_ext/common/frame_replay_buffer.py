@@ -268,8 +268,8 @@ class _Frames:
         starts = (self.newest[rows, envs] - oldest) % self.n_slots
         is_apart = (n_older < oldest) | (starts > self.n_slots - n_wanted)
         stacks = frames.as_strided((len(frames) - n_wanted + 1, n_wanted * frames.shape[1]), (frames.shape[1], 1))
-        batch = stacks.index_select(0, th.from_numpy(np.where(is_apart, 0, starts + offsets)))
-        batch = batch.view(len(rows), -1, *self.stack_shape[1:]).numpy()
+        gathered = stacks.index_select(0, th.from_numpy(np.where(is_apart, 0, starts + offsets)))
+        batch = gathered.view(len(rows), -1, *self.stack_shape[1:]).numpy()
         if is_apart.any():
             one_by_one = self._slots(rows[is_apart], envs[is_apart], np.arange(oldest, newest - 1, -1))
             batch[is_apart] = self.slots[envs[is_apart, None], one_by_one].reshape(-1, *batch.shape[1:])

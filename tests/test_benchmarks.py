@@ -365,8 +365,8 @@ def test_settings_of_dqn_are_compared_with_the_same_numbers_of_updates():
 
 
 def test_frame_memory_is_measured():
-    # As from the shell, in a process of its own: this one may have memory left from other tests, which shrinks or is used again.
-    # 6000 are enough for memory that comes from the system.
+    # As from the shell, in a process of its own: this one may have memory left from other tests, which shrinks or is used
+    # again. 6000 are enough for memory that comes from the system.
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         row = pool.apply(frames.measure, (6000, 50, 2, 0.01))
     assert row["array_bytes"] == pytest.approx(1.03 * 6000 * 84 * 84, rel=0.01)

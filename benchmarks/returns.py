@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import data, results
+from benchmarks.options import use_of_options
 from benchmarks.peers import DEFAULT_FOLDER, RemoteAgent, Worker
 from benchmarks.results import Row
 from benchmarks.workers import CONTENDERS, ONLINE_CONTENDERS
@@ -154,6 +155,7 @@ def _zoo(run: Run) -> Row:
         seconds = time.perf_counter() - begin
         curve = np.load(log / "evaluations.npz")
         final = _evaluate(*trained_agent(run, log), run.n_episodes)
+        use = use_of_options(*trained_agent(run, log)) if run.algo == "option_critic" else None
     dataset = run.hyperparameters().get("dataset")
     return {
         "command": shlex.join(["python", *training_command(run, "logs")]),
@@ -161,6 +163,7 @@ def _zoo(run: Run) -> Row:
         "eval_steps": curve["timesteps"].tolist(),
         "eval_returns": results.rounded(curve["results"]),
         "final_returns": final,
+        **({"options": use} if use else {}),
         "data": _description(run, dataset) if isinstance(dataset, str) else None,
         **results.stamp(),
     }

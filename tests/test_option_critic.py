@@ -109,7 +109,7 @@ def all_transitions():
         th.as_tensor(actions)[:, None],
         th.as_tensor(REWARDS[states, actions], dtype=th.float32)[:, None],
         th.eye(3)[NEXT_STATES[states, actions]],
-        th.as_tensor(IS_TERMINAL[states, actions], dtype=th.float32)[:, None],
+        *[th.as_tensor(IS_TERMINAL[states, actions], dtype=th.float32)[:, None]] * 2,
     ), rows
 
 
@@ -152,6 +152,32 @@ def test_intra_option_gradient():
         return (probabilities * of_actions).sum(axis=-1).mean()
 
     assert_gradient(-gradient, objective, model.policy.actor[0].weight)
+
+
+def test_advantages_look_ahead_until_the_episode_ends():
+    envs = make_vec_env(lambda: gym.wrappers.TimeLimit(ThreeStates(), 4), n_envs=2, seed=0)
+    model = OptionCritic(
+        "MlpPolicy", envs, gamma=GAMMA, gae_lambda=0.8, train_freq=20, learning_starts=100, seed=0, device="cpu"
+    )
+    rollout = model.learn(40)._latest_rollout()
+    target_values, hidden = target_of(model, rollout), model.policy.critic.hidden(rollout.observations)
+    advantages = model._advantages(rollout, hidden, target_values).numpy()
+    values = model.policy.critic.values(hidden).gather(1, rollout.options)
+    deltas = (target_values - values).detach().double().numpy().reshape(20, 2)
+    ends = rollout.ends.numpy().reshape(20, 2) == 1
+    # Some episodes end at the time limit, and others in a terminal state
+    assert ends.sum() > rollout.dones.sum() > 0
+    for env in range(2):
+        for step in range(20):
+            expected, weight = 0.0, 1.0
+            for later in range(step, 20):
+                expected += weight * deltas[later, env]
+                weight *= GAMMA * 0.8
+                if ends[later, env]:
+                    break
+            assert advantages[2 * step + env] == pytest.approx(expected, abs=1e-5)
+    model.gae_lambda = 0.0
+    np.testing.assert_allclose(model._advantages(rollout, hidden, target_values).numpy(), deltas.ravel(), atol=1e-6)
 
 
 def test_termination_gradient_is_that_of_arriving():
@@ -545,7 +571,14 @@ def test_healthy_options_are_not_reported():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("n_options", 0), ("gamma", 1.5), ("termination_regularization", -1.0), ("exploration_final_eps", 2.0), ("tau", -0.1)],
+    [
+        ("n_options", 0),
+        ("gamma", 1.5),
+        ("gae_lambda", -0.5),
+        ("termination_regularization", -1.0),
+        ("exploration_final_eps", 2.0),
+        ("tau", -0.1),
+    ],
 )
 def test_numbers_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .* but got {value}"):

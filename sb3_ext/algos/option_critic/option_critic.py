@@ -40,6 +40,7 @@ class Transitions(NamedTuple):
     :param rewards: (batch, 1)
     :param next_observations: (batch, ...)
     :param dones: 1 where the next state is terminal; a time limit is not terminal, (batch, 1)
+    :param ends: 1 where the episode ends, at a time limit, too, (batch, 1)
     """
 
     observations: Any
@@ -48,6 +49,7 @@ class Transitions(NamedTuple):
     rewards: th.Tensor
     next_observations: Any
     dones: th.Tensor
+    ends: th.Tensor
 
 
 class OptionCritic(RewardNormalizationMixin):
@@ -79,6 +81,8 @@ class OptionCritic(RewardNormalizationMixin):
     :param termination_learning_rate: Learning rate of the terminations, or a schedule (None: ``learning_rate``)
     :param termination_regularization: Deliberation cost: how much better another option must be for the present one to end,
         >= 0. Larger values give longer options.
+    :param gae_lambda: Trade-off of bias and variance in the advantages of the options' policies, in [0, 1]. At 0, as in the
+        paper, an action is judged by one step; above, also by those of the rollout that follow
     :param ent_coef: Weight of the entropy of the options' policies, >= 0
     :param detach_heads: Whether the shared layers learn from the values only; otherwise policies and terminations train them,
         too
@@ -123,6 +127,7 @@ class OptionCritic(RewardNormalizationMixin):
         actor_learning_rate: float | Schedule | None = None,
         termination_learning_rate: float | Schedule | None = None,
         termination_regularization: float = 0.01,
+        gae_lambda: float = 0.0,
         ent_coef: float = 0.01,
         detach_heads: bool = True,
         target_update_interval: int = 200,
@@ -171,6 +176,7 @@ class OptionCritic(RewardNormalizationMixin):
         self.actor_learning_rate = actor_learning_rate
         self.termination_learning_rate = termination_learning_rate
         self.termination_regularization = termination_regularization
+        self.gae_lambda = gae_lambda
         self.ent_coef = ent_coef
         self.detach_heads = detach_heads
         self.target_update_interval = target_update_interval
@@ -187,7 +193,8 @@ class OptionCritic(RewardNormalizationMixin):
     def _check_arguments(self) -> None:
         if not isinstance(self.action_space, (spaces.Box, spaces.Discrete)):
             raise ValueError(f"{type(self).__name__} supports Box and Discrete action spaces, but got {self.action_space}.")
-        check_range(self, 0, 1, "tau", "gamma", "exploration_fraction", "exploration_initial_eps", "exploration_final_eps")
+        check_range(self, 0, 1, "tau", "gamma", "gae_lambda")
+        check_range(self, 0, 1, "exploration_fraction", "exploration_initial_eps", "exploration_final_eps")
         check_range(self, 1, float("inf"), "buffer_size", "batch_size", "n_options", "target_update_interval")
         check_range(self, 0, float("inf"), "termination_regularization", "ent_coef", "max_grad_norm")
 
@@ -253,8 +260,8 @@ class OptionCritic(RewardNormalizationMixin):
     ) -> None:
         is_terminal = dones & ~np.array([info.get("TimeLimit.truncated", False) for info in infos])
         next_obs = _with_last_observations(new_obs, dones, infos)
-        rewards, terminals = reward.astype(np.float32)[:, None], is_terminal.astype(np.float32)[:, None]
-        self._rollout.append((self._last_obs, buffer_action, self._step.actions, rewards, next_obs, terminals))
+        rewards, terminals, ends = (column.astype(np.float32)[:, None] for column in (reward, is_terminal, dones))
+        self._rollout.append((self._last_obs, buffer_action, self._step.actions, rewards, next_obs, terminals, ends))
         self._last_episode_starts = dones
         super()._store_transition(replay_buffer, buffer_action, new_obs, reward, dones, infos)
 
@@ -305,7 +312,7 @@ class OptionCritic(RewardNormalizationMixin):
         return self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)
 
     def _latest_rollout(self) -> Transitions:
-        """:return: all transitions of the rollout in one batch, on the device"""
+        """:return: all transitions of the rollout in one batch, those of one step together, on the device"""
 
         def concatenate(*arrays: np.ndarray) -> np.ndarray:
             batch = np.concatenate(arrays)
@@ -411,11 +418,29 @@ class OptionCritic(RewardNormalizationMixin):
         :param target_values: (batch, 1)
         :return: Loss, and mean entropy of the policies
         """
-        with th.no_grad():
-            advantages = (target_values - self.policy.critic.values(hidden).gather(1, rollout.options)).squeeze(1)
+        advantages = self._advantages(rollout, hidden, target_values)
         log_probs, entropies = self.policy.evaluate_options(hidden, rollout.options.squeeze(1), rollout.actions)
         entropy = entropies.mean()
         return -(log_probs * advantages).mean() - self.ent_coef * entropy, entropy.detach()
+
+    @th.no_grad()
+    def _advantages(self, rollout: Transitions, hidden: th.Tensor, target_values: th.Tensor) -> th.Tensor:
+        """
+        Generalized advantage estimation (Schulman et al. 2016, equation 16) for pairs of state and option. What follows is
+        that of the options which came into force, until the episode or the rollout ends.
+
+        :param rollout: The latest transitions
+        :param hidden: What the heads see, (batch, hidden_dim)
+        :param target_values: (batch, 1)
+        :return: How much better the actions were than the option's policy in that state, (batch,)
+        """
+        advantages = target_values - self.policy.critic.values(hidden).gather(1, rollout.options)
+        if self.gae_lambda > 0.0:
+            by_step = advantages.view(-1, self.n_envs)
+            decays = self.gamma * self.gae_lambda * (1.0 - rollout.ends).view(-1, self.n_envs)
+            for step in reversed(range(len(by_step) - 1)):
+                by_step[step] += decays[step] * by_step[step + 1]
+        return advantages.squeeze(1)
 
     def _termination_loss(self, rollout: Transitions, next_hidden: th.Tensor) -> th.Tensor:
         """

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-# Steps over which usage is counted, and options of which durations are
+# Steps, and options that have ended, of the log
 WINDOW = 2000
 
 # Below this fraction of the largest entropy of usage, one option does (nearly) everything; below this duration, options are
@@ -23,13 +23,14 @@ class OptionStatistics:
     :param n_options: Number of options
     :param n_envs: Number of environments
     :param n_episodes: Episodes over which switches are averaged
+    :param window: Steps over which usage is counted, and options of which durations are
     """
 
-    def __init__(self, n_options: int, n_envs: int, n_episodes: int) -> None:
+    def __init__(self, n_options: int, n_envs: int, n_episodes: int, window: int = WINDOW) -> None:
         self.n_options = n_options
-        self._used: deque[int] = deque(maxlen=WINDOW)
-        self._terminations: deque[float] = deque(maxlen=WINDOW)
-        self._durations: deque[int] = deque(maxlen=WINDOW)
+        self._used: deque[int] = deque(maxlen=window)
+        self._terminations: deque[float] = deque(maxlen=window)
+        self._durations: deque[int] = deque(maxlen=window)
         self._switches: deque[int] = deque(maxlen=n_episodes)
         self._last = np.zeros(n_envs, np.int64)
         self._ages, self._n_switches = np.zeros(n_envs, np.int64), np.zeros(n_envs, np.int64)
@@ -69,7 +70,7 @@ class OptionStatistics:
 
     def collapse(self) -> str | None:
         """:return: how the options have collapsed, once there is a full window of steps, or None"""
-        if self.n_options == 1 or len(self._used) < WINDOW:
+        if self.n_options == 1 or len(self._used) < (self._used.maxlen or 0):
             return None
         if self.usage_entropy() < COLLAPSED_USAGE:
             return "one option is in force nearly all the time: try a smaller termination_regularization or more exploration"

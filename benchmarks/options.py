@@ -23,8 +23,9 @@ def use_of_options(model: "OptionCritic", env: Any, n_steps: int = N_STEPS) -> R
     :param n_steps: Steps, summed over the environments
     :return: See :meth:`OptionStatistics.summary`
     """
-    from sb3_ext.algos.option_critic.statistics import OptionStatistics
     from stable_baselines3.common.utils import obs_as_tensor
+
+    from sb3_ext.algos.option_critic.statistics import OptionStatistics
 
     policy, n_envs = model.policy, env.num_envs
     np.random.seed(0)

@@ -100,6 +100,22 @@ def data_lines(rows: list[Row]) -> list[str]:
     ]
 
 
+def option_lines(curves: dict[tuple[Any, ...], list[Row]]) -> list[str]:
+    """:return: a table of how the agents use their options, of those that have any"""
+    lines = []
+    for (label,), rows in curves.items():
+        uses = [row["options"] for row in sorted(rows, key=lambda row: row["seed"]) if "options" in row]
+        columns = [[use[key] for use in uses] for key in ("usage_entropy", "duration")]
+        if uses:
+            means = [f"{statistics.mean(column):.2f} ({' '.join(f'{one:.2f}' for one in column)})" for column in columns]
+            lines.append([label, *means])
+    introduction = (
+        "What the agents do with their options, as means over the seeds (each seed): entropy of how often each is in force, "
+        "as a fraction of the largest one, and the steps until an option ends. Options act and end as drawn."
+    )
+    return [introduction, table(["", "entropy of usage", "duration"], lines)] if lines else []
+
+
 def plot(curves: dict[tuple[Any, ...], list[Row]], title: str, path: Path) -> None:
     """
     Learning curves: interquartile means over seeds with 95 % bootstrap intervals, and the mean returns of the data.
@@ -159,6 +175,7 @@ def returns_section(title: str, rows: list[Row], figure: Path) -> str:
             f"Mean return of {n_episodes} episodes at the end of training, ± standard error over the seeds; interquartile "
             "mean with its 95 % bootstrap interval.",
             table(header, lines),
+            *option_lines(curves),
             *data_lines(rows),
             # From docs/results as well as from a page of docs/algos that includes this one
             f"![Learning curves: {title}](../results/{figure.name})",

@@ -1,6 +1,7 @@
 """What can go wrong in benchmarks/ without being seen: resuming, half-written rows, ratios, aggregation, operation counts."""
 
 import json
+import math
 import multiprocessing
 import os
 import pickle
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch as th
 import yaml
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
@@ -22,6 +24,7 @@ from benchmarks import __main__ as commands
 from benchmarks import cases, data, four_rooms, frames, gpu, results
 from benchmarks.on_policy import StableBaselines
 from benchmarks.online import learning_rate
+from benchmarks.options import use_of_options
 from benchmarks.peers import DEFAULT_FOLDER, PEERS, RemoteAgent, Worker
 from benchmarks.report import frames_section, interquartile_mean, normalized, write
 from benchmarks.returns import (
@@ -35,6 +38,7 @@ from benchmarks.returns import (
     training_command,
 )
 from benchmarks.speed import measure_on_policy, paired_ratio, race
+from sb3_ext import OptionCritic
 
 RUN = Run("study", "bcq", "zoo", "bcq", "CartPole-v1", 1)
 
@@ -444,6 +448,32 @@ def test_interquartile_mean_and_report(tmp_path: Path):
     assert "| bcq | 110.0 ± 10.0 |" in page and "| 55.0 ± 5.0 | 100 120 | 20 | 1.0 |" in page
     assert "| c | 1 | 30.0 | 10.0 (**3.00 x**) | 40.0 (0.75) | 80 |" in page
     assert (tmp_path / "docs" / "page-study-CartPole-v1.png").stat().st_size > 5000
+
+
+def test_use_of_options_is_that_of_the_drawn_ones():
+    env = make_vec_env("Pendulum-v1", n_envs=2, seed=0)
+    model = OptionCritic("MlpPolicy", env, n_options=2, policy_kwargs={"net_arch": []}, seed=0, device="cpu")
+    # The one of the larger value ends with probability 1/5 and is chosen again
+    with th.no_grad():
+        model.policy.termination_net[0].weight.zero_()
+        model.policy.termination_net[0].bias[:] = math.log(1 / 4)
+        model.policy.critic.values[0].weight.zero_()
+        model.policy.critic.values[0].bias[:] = th.tensor([0.0, 1.0])
+    use = use_of_options(model, env, 4000)
+    assert use["usage_entropy"] == 0.0 == use["switches_per_episode"]
+    assert use["termination_probability"] == pytest.approx(0.2)
+    assert use["duration"] == pytest.approx(5.0, rel=0.1)
+
+
+def test_report_of_options(tmp_path: Path):
+    pytest.importorskip("rliable")
+    runs = [replace(RUN, seed=seed) for seed in (2, 1)]
+    uses = [{"usage_entropy": entropy, "duration": duration} for entropy, duration in ((0.5, 2.0), (1.0, 6.0))]
+    rows = [{**returns_row(run), "options": use} for run, use in zip(runs, uses, strict=True)]
+    path = tmp_path / "option_critic.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    text = write(path, tmp_path / "docs").read_text()
+    assert "| bcq | 0.75 (1.00 0.50) | 4.00 (6.00 2.00) |" in text
 
 
 def test_report_of_on_policy_algorithms(tmp_path: Path):

@@ -56,7 +56,8 @@ class OptionStatistics:
         """:return: entropy of how often each option was in force, as a fraction of its largest value; 0 for a single option"""
         counts = np.bincount(np.array(self._used, np.int64), minlength=self.n_options)
         shares = counts[counts > 0] / max(counts.sum(), 1)
-        return 0.0 if self.n_options == 1 else float(-(shares * np.log(shares)).sum() / math.log(self.n_options))
+        # Of a single one it is 0, not -0
+        return abs(float((shares * np.log(shares)).sum())) / math.log(max(self.n_options, 2))
 
     def summary(self) -> dict[str, float]:
         """:return: what to log, without what nothing is known of yet"""

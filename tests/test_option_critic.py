@@ -381,7 +381,7 @@ def test_predict_carries_the_option():
     with th.no_grad():
         best = model.policy.critic(th.as_tensor(obs)).argmax(1).numpy()
     np.testing.assert_array_equal(chosen[0], best)
-    others = ((best + 1) % 3,)
+    others = ((best + 1) % 3, np.ones(4))
     # It goes on,
     _, state = model.predict(obs, others, np.zeros(4, bool), deterministic=True)
     np.testing.assert_array_equal(state[0], others[0])
@@ -396,13 +396,36 @@ def test_predict_carries_the_option():
     np.testing.assert_array_equal(state[0], best)
 
 
+def test_deterministic_options_end_at_the_median_of_their_duration():
+    model = cartpole(n_options=2, policy_kwargs={"net_arch": []})
+    policy, obs = model.policy, np.array([[1.0, 0, 0, 0], [-1.0, 0, 0, 0]], np.float32)
+    with th.no_grad():
+        for head in (policy.critic.values[0], policy.termination_net[0]):
+            head.weight.zero_()
+        # Options end with probability 1/4 in one state and 3/5 in the other
+        odds = np.log([1 / 3, 3 / 2])
+        policy.termination_net[0].weight[:, 0] = (odds[0] - odds[1]) / 2
+        policy.termination_net[0].bias[:] = odds.mean()
+        policy.critic.values[0].bias[:] = th.tensor([0.0, 1.0])
+    # Option 0 is in force, and option 1 would be chosen: 3/4 and 9/16 are above 1/2, 27/64 is below; 2/5 is below at once
+    state, options, survivals = (np.zeros(2, np.int64), np.ones(2)), [], []
+    for _ in range(4):
+        _, state = model.predict(obs, state, np.zeros(2, bool), deterministic=True)
+        options.append(state[0])
+        survivals.append(state[1])
+    np.testing.assert_array_equal(np.transpose(options), [[0, 0, 1, 1], [1, 1, 1, 1]])
+    np.testing.assert_allclose(np.transpose(survivals), [[3 / 4, 9 / 16, 1, 3 / 4], [1, 1, 1, 1]], rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("state", "episode_start", "message"),
     [
-        ((np.zeros(3, int),), None, "For 4 observations"),
-        ((np.zeros(4, int),), np.zeros(3, bool), "For 4 observations"),
-        ((np.full(4, 9),), None, "integers from 0 to 2"),
-        ((np.zeros(4),), None, "integers from 0 to 2"),
+        ((np.zeros(3, int), np.ones(3)), None, "For 4 observations"),
+        ((np.zeros(4, int), np.ones(4)), np.zeros(3, bool), "For 4 observations"),
+        ((np.zeros(4, int),), None, "two arrays"),
+        (np.zeros(4, int), None, "two arrays"),
+        ((np.full(4, 9), np.ones(4)), None, "integers from 0 to 2"),
+        ((np.zeros(4), np.ones(4)), None, "integers from 0 to 2"),
     ],
 )
 def test_bad_states_are_named(state, episode_start, message):

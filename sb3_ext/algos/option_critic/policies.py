@@ -36,12 +36,14 @@ class Step(NamedTuple):
         which can leave [-1, 1], (batch, action_dim)
     :param is_chosen: Whether the option was chosen in this state, (batch,)
     :param terminations: Probability that the option in force before ends in this state, (batch,)
+    :param survivals: Probability that the option in force would have lasted until now since it was chosen, (batch,)
     """
 
     options: np.ndarray
     actions: np.ndarray
     is_chosen: np.ndarray
     terminations: np.ndarray
+    survivals: np.ndarray
 
 
 class Outputs(NamedTuple):
@@ -168,9 +170,9 @@ class OptionCriticPolicy(FlatPolicy):
         self.head_bias = head_bias
         is_box = isinstance(action_space, spaces.Box)
         self.action_dim = get_action_dim(action_space) if is_box else int(action_space.n)  # type: ignore[union-attr]
-        # What predict() was given, for _predict(), and the options that this chose
+        # What predict() was given, for _predict(), and the state after this
         self._given: tuple[Any, Any] = (None, None)
-        self._options = np.zeros(0, np.int64)
+        self._state: tuple[np.ndarray, ...] = ()
         self._build(lr_schedule)
 
     def _build(self, lr_schedule: Schedule) -> None:
@@ -265,7 +267,13 @@ class OptionCriticPolicy(FlatPolicy):
         return outputs
 
     def decide(
-        self, outputs: Outputs, options: np.ndarray, is_start: np.ndarray, deterministic: bool, epsilon: float = 0.0
+        self,
+        outputs: Outputs,
+        options: np.ndarray,
+        is_start: np.ndarray,
+        deterministic: bool,
+        epsilon: float = 0.0,
+        survivals: np.ndarray | float = 1.0,
     ) -> Step:
         """
         Call and return: the option in force ends or goes on, where it has ended another one is chosen, and the option acts.
@@ -273,20 +281,24 @@ class OptionCriticPolicy(FlatPolicy):
         :param outputs: Of the networks for a batch of states
         :param options: The option in force before, counted from 0, (batch,); of no meaning at the start of an episode
         :param is_start: Whether an episode starts, (batch,)
-        :param deterministic: Whether to end options whose termination probability is above 1/2, and to take the most likely
-            action, instead of drawing both
+        :param deterministic: Whether to end options at the median of their duration, and to take the most likely action,
+            instead of drawing both
         :param epsilon: Probability that the chosen option is drawn at random instead of being the one of the highest value
+        :param survivals: Probability that the option in force before would have lasted until then, (batch,); of no meaning
+            unless deterministic
         :return: What is decided
         """
         n, rows = len(options), np.arange(len(options))
         terminations = outputs.terminations[rows, options]
-        has_ended = terminations > 0.5 if deterministic else np.random.random(n) < terminations
+        survivals = survivals * (1.0 - terminations)
+        has_ended = survivals < 0.5 if deterministic else np.random.random(n) < terminations
         is_chosen = has_ended | is_start
         best = outputs.values.argmax(axis=1)
         if epsilon > 0.0:
             best = np.where(np.random.random(n) < epsilon, np.random.randint(self.n_options, size=n), best)
         options = np.where(is_chosen, best, options)
-        return Step(options, self._draw(outputs.actions[rows, options], options, deterministic), is_chosen, terminations)
+        actions = self._draw(outputs.actions[rows, options], options, deterministic)
+        return Step(options, actions, is_chosen, terminations, np.where(is_chosen, 1.0, survivals))
 
     def _draw(self, outputs: np.ndarray, options: np.ndarray, deterministic: bool) -> np.ndarray:
         """:return: actions of the options"""
@@ -317,14 +329,16 @@ class OptionCriticPolicy(FlatPolicy):
         :param observation: One observation or a batch
         :param state: What the last call returned; None at the start
         :param episode_start: Where it is True, the option is chosen anew, (batch,); None: nowhere
-        :param deterministic: Whether to end options whose termination probability is above 1/2, and to take the most likely
-            action, instead of drawing both. The option that is chosen is always the one of the highest value.
-        :return: The actions, and the state: a tuple of the options in force, counted from 0, (batch,)
-        :raises ValueError: if the state is not one of options for these observations
+        :param deterministic: Whether to end options at the median of their duration, as soon as it is more likely than not
+            that they would have ended, and to take the most likely action, instead of drawing both. The option that is
+            chosen is always the one of the highest value.
+        :return: The actions, and the state: a tuple of the options in force, counted from 0, and of the probabilities that
+            they would have lasted until now, (batch,) each
+        :raises ValueError: if the state is none for these observations
         """
         self._given = (state, episode_start)
         actions, _ = super().predict(observation, deterministic=deterministic)
-        return actions, (self._options,)
+        return actions, self._state
 
     def forward(self, obs: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         return self._predict(obs, deterministic)
@@ -332,25 +346,26 @@ class OptionCriticPolicy(FlatPolicy):
     def _predict(self, observation: PyTorchObs, deterministic: bool = False) -> th.Tensor:
         state, episode_start = self._given
         any_observation = next(iter(observation.values())) if isinstance(observation, dict) else observation
-        options, is_start = self._unpack(state, episode_start, len(any_observation))
-        step = self.decide(self.outputs(observation), options, is_start, deterministic)
-        self._given, self._options = (None, None), step.options
+        options, survivals, is_start = self._unpack(state, episode_start, len(any_observation))
+        step = self.decide(self.outputs(observation), options, is_start, deterministic, survivals=survivals)
+        self._given, self._state = (None, None), (step.options, step.survivals)
         return th.as_tensor(self.to_env(step.actions))
 
-    def _unpack(self, state: Any, episode_start: Any, n: int) -> tuple[np.ndarray, np.ndarray]:
-        """:return: options and episode starts of ``n`` observations"""
+    def _unpack(self, state: Any, episode_start: Any, n: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """:return: options, survivals and episode starts of ``n`` observations"""
         if state is None:
-            return np.zeros(n, np.int64), np.ones(n, bool)
-        options = np.asarray(state[0] if isinstance(state, tuple) else state)
+            return np.zeros(n, np.int64), np.ones(n), np.ones(n, bool)
         is_start = np.zeros(n, bool) if episode_start is None else np.asarray(episode_start, bool)
-        if options.shape != (n,) or is_start.shape != (n,):
+        shapes = [np.shape(array) for array in (*(state if isinstance(state, tuple) else (state,)), is_start)]
+        if shapes != 3 * [(n,)]:
             raise ValueError(
-                f"For {n} observations, the state must be a tuple of one array of {n} options, and episode_start must have "
-                f"the same shape, but got {options.shape} and {is_start.shape}. Pass on what predict() returned, or None."
+                f"For {n} observations, the state must be a tuple of two arrays with {n} numbers each, and episode_start must "
+                f"have the same shape, but got {shapes[:-1]} and {shapes[-1]}. Pass on what predict() returned, or None."
             )
+        options, survivals = map(np.asarray, state)
         if not np.issubdtype(options.dtype, np.integer) or (options < 0).any() or (options >= self.n_options).any():
             raise ValueError(f"The state must hold options, integers from 0 to {self.n_options - 1}, but got {options}.")
-        return options, is_start
+        return options, survivals, is_start
 
     def set_training_mode(self, mode: bool) -> None:
         # Acting sets it at every step, and setting it visits every module

@@ -15,8 +15,7 @@ N_STEPS = 10_000
 
 def use_of_options(model: "OptionCritic", env: Any, n_steps: int = N_STEPS) -> Row:
     """
-    Let the agent act as its options say, without random options and with terminations and actions drawn, since a rule that
-    ends an option at every third step or so is nowhere above 1/2.
+    Let the agent act as in training, with terminations and actions drawn, but without random options.
 
     :param model: Trained
     :param env: Vectorized environment, seeded

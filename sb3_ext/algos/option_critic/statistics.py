@@ -28,6 +28,7 @@ class OptionStatistics:
 
     def __init__(self, n_options: int, n_envs: int, n_episodes: int, window: int = WINDOW) -> None:
         self.n_options = n_options
+        self.window = window
         self._used: deque[int] = deque(maxlen=window)
         self._terminations: deque[float] = deque(maxlen=window)
         self._durations: deque[int] = deque(maxlen=window)
@@ -71,7 +72,7 @@ class OptionStatistics:
 
     def collapse(self) -> str | None:
         """:return: how the options have collapsed, once there is a full window of steps, or None"""
-        if self.n_options == 1 or len(self._used) < (self._used.maxlen or 0):
+        if self.n_options == 1 or len(self._used) < self.window:
             return None
         if self.usage_entropy() < COLLAPSED_USAGE:
             return "one option is in force nearly all the time: try a smaller termination_regularization or more exploration"

@@ -17,6 +17,7 @@ from stable_baselines3.common.envs import (
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.utils import LinearSchedule
 from torch import nn
 
 from sb3_ext import NPG, REINFORCE, TRPO, VPG
@@ -300,6 +301,19 @@ def test_the_policy_moves_as_far_as_allowed(algo, env):
         assert logged == pytest.approx(1e-4, rel=0.3)
     assert model.logger.name_to_value["train/policy_objective"] > 0
     assert model.logger.name_to_value["train/is_step_taken"] == 1.0
+
+
+@each_natural_algorithm
+def test_the_trust_region_can_shrink(algo):
+    model = collected(algo, "CartPole-v1", n_steps=256, cg_damping=1e-4, target_kl=LinearSchedule(4e-4, 0.0, 1.0))
+    model._current_progress_remaining = 0.25
+    model.train()
+    assert 0.5e-4 < model.logger.name_to_value["train/kl_divergence_loss"] < 1.3e-4
+    # At the end there is nowhere left to go
+    before = model.actor_parameters.tensor.detach().clone()
+    model._current_progress_remaining = 0.0
+    model.train()
+    assert th.equal(model.actor_parameters.tensor, before)
 
 
 @each_natural_algorithm

@@ -74,6 +74,16 @@ def test_minatar_is_known_to_the_zoo():
     assert ours == {name: spec.kwargs for name, spec in gymnasium.registry.items() if name.startswith("MinAtar/")}
 
 
+def test_schedules_in_a_yml():
+    from rl_zoo3.exp_manager import ExperimentManager
+
+    given = {"learning_rate": "lin_0.004", "target_kl": "lin_0.02", "actor_learning_rate": 0.1}
+    settings = ExperimentManager._preprocess_schedules(given)
+    assert settings["learning_rate"](0.5) == 0.002
+    assert settings["target_kl"](0.5) == 0.01
+    assert settings["actor_learning_rate"] == 0.1
+
+
 def test_model_card_of_push_to_hub(tmp_path):
     from rl_zoo3.push_to_hub import generate_model_card, save_model_card
 

@@ -109,6 +109,21 @@ def report_unusable_data(exp_manager: Any) -> None:
     manager.setup_experiment, manager.objective = setup_or_leave, evaluate_or_leave
 
 
+def read_schedules(exp_manager: Any) -> None:
+    """In a yml, ``lin_0.02`` falls linearly to 0 for the arguments that the zoo knows; our algorithms have more."""
+    manager = exp_manager.ExperimentManager
+    original = manager._preprocess_schedules
+
+    @functools.wraps(original)
+    def preprocess(hyperparams: dict[str, Any]) -> dict[str, Any]:
+        for key in ("actor_learning_rate", "critic_learning_rate", "target_kl", "termination_learning_rate"):
+            if isinstance(hyperparams.get(key), str):
+                hyperparams[key] = exp_manager.SimpleLinearSchedule(hyperparams[key].removeprefix("lin_"))
+        return original(hyperparams)
+
+    manager._preprocess_schedules = staticmethod(preprocess)
+
+
 def supply_generate_metadata(push_to_hub: Any) -> None:
     """``rl_zoo3.push_to_hub`` wants this name, for a dict; sb3-team-hf-integration 3 made it private and returns an object."""
     if not hasattr(push_to_hub, "generate_metadata"):
@@ -196,7 +211,7 @@ PATCHES: dict[str, tuple[Callable[[Any], None], ...]] = {
     "huggingface_hub.repocard": (show_pictures,),
     "huggingface_sb3.load_from_hub": (raise_error_of_requests,),
     "huggingface_sb3.push_to_hub": (supply_generate_metadata, find_ffmpeg, draw_pictures),
-    "rl_zoo3.exp_manager": (find_own_hyperparameters, report_unusable_data),
+    "rl_zoo3.exp_manager": (find_own_hyperparameters, report_unusable_data, read_schedules),
     "rl_zoo3.hyperparams_opt": (register_search_spaces,),
     "rl_zoo3.import_envs": (register_environments, register_minatar),
     "rl_zoo3.utils": (register_classes,),

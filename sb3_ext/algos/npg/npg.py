@@ -9,6 +9,7 @@ from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, RolloutBufferSamples, Schedule
+from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_ext.common.fisher import kl_divergence, linearize
 from sb3_ext.common.natural_gradient import conjugate_gradients, natural_step
@@ -55,7 +56,7 @@ class NPG(PolicyGradientAlgorithm):
     :param rollout_buffer_kwargs: Keyword arguments of the rollout buffer
     :param normalize_advantage: Whether to standardize the advantages of each rollout
     :param target_kl: KL divergence of an update, to second order, > 0; summed over action dimensions, averaged over
-        samples, in nats
+        samples, in nats; it can be a function of the current progress remaining
     :param sub_sampling_factor: Use every so many-th sample for the Fisher matrix, >= 1
     :param stats_window_size: Window size for the rollout logging, in episodes
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
@@ -84,7 +85,7 @@ class NPG(PolicyGradientAlgorithm):
         rollout_buffer_class: type[RolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
         normalize_advantage: bool = True,
-        target_kl: float = 0.01,
+        target_kl: float | Schedule = 0.01,
         sub_sampling_factor: int = 1,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -127,7 +128,7 @@ class NPG(PolicyGradientAlgorithm):
             raise ValueError(
                 f"cg_max_steps and sub_sampling_factor must be at least 1, but got {cg_max_steps} and {sub_sampling_factor}."
             )
-        if cg_damping < 0.0 or target_kl <= 0.0:
+        if cg_damping < 0.0 or (not callable(target_kl) and target_kl <= 0.0):
             raise ValueError(f"cg_damping must be >= 0 and target_kl > 0, but got {cg_damping} and {target_kl}.")
         if _init_setup_model:
             self._setup_model()
@@ -174,7 +175,7 @@ class NPG(PolicyGradientAlgorithm):
             return fisher.fisher_product(vector) + self.cg_damping * vector
 
         direction, image = conjugate_gradients(product, gradient, self.cg_max_steps)
-        step = natural_step(direction, image, self.target_kl)
+        step = natural_step(direction, image, self._max_kl())
 
         parameters = self.actor_parameters.tensor.data
         old_parameters = parameters.clone()
@@ -195,6 +196,10 @@ class NPG(PolicyGradientAlgorithm):
         self.logger.record("train/is_step_taken", float(outcome is not None))
         self.logger.record("train/policy_objective", (outcome or stay).objective)
         self.logger.record("train/kl_divergence_loss", (outcome or stay).kl)
+
+    def _max_kl(self) -> float:
+        """:return: ``target_kl`` at this point of the training"""
+        return FloatSchedule(self.target_kl)(self._current_progress_remaining)
 
     def _take_step(self, step: th.Tensor, move: Callable[[th.Tensor], Outcome], stay: Outcome) -> Outcome | None:
         """

@@ -39,7 +39,7 @@ class TRPO(NPG):
     :param rollout_buffer_kwargs: Keyword arguments of the rollout buffer
     :param normalize_advantage: Whether to standardize the advantages of each rollout
     :param target_kl: Largest KL divergence of an update, > 0; summed over action dimensions, averaged over samples, in
-        nats
+        nats; it can be a function of the current progress remaining
     :param sub_sampling_factor: Use every so many-th sample for the Fisher matrix, >= 1
     :param stats_window_size: Window size for the rollout logging, in episodes
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
@@ -70,7 +70,7 @@ class TRPO(NPG):
         rollout_buffer_class: type[RolloutBuffer] | None = None,
         rollout_buffer_kwargs: dict[str, Any] | None = None,
         normalize_advantage: bool = True,
-        target_kl: float = 0.01,
+        target_kl: float | Schedule = 0.01,
         sub_sampling_factor: int = 1,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
@@ -126,6 +126,6 @@ class TRPO(NPG):
         for iteration in range(self.line_search_max_iter):
             outcome = move(self.line_search_shrinking_factor**iteration * step)
             # A comparison with NaN is false
-            if outcome.kl <= self.target_kl and outcome.objective > stay.objective:
+            if outcome.kl <= self._max_kl() and outcome.objective > stay.objective:
                 return outcome
         return None

@@ -127,8 +127,6 @@ def execute(run: Run, folder: Path = DEFAULT_FOLDER) -> Row:
         "seed": run.seed,
         "settings": run.settings,
         "n_timesteps": run.timesteps(),
-        # The zoo takes one where there is one
-        **({"gpu": th.cuda.get_device_name()} if run.contender == "zoo" and th.cuda.is_available() else {}),
         **outcome,
     }
 

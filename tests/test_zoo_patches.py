@@ -82,6 +82,8 @@ def test_schedules_in_a_yml():
     assert settings["learning_rate"](0.5) == 0.002
     assert settings["target_kl"](0.5) == 0.01
     assert settings["actor_learning_rate"] == 0.1
+    with pytest.raises(ValueError, match="target_kl"):
+        ExperimentManager._preprocess_schedules({"target_kl": "1e-2"})
 
 
 def test_model_card_of_push_to_hub(tmp_path):

@@ -117,8 +117,12 @@ def read_schedules(exp_manager: Any) -> None:
     @functools.wraps(original)
     def preprocess(hyperparams: dict[str, Any]) -> dict[str, Any]:
         for key in ("actor_learning_rate", "critic_learning_rate", "target_kl", "termination_learning_rate"):
-            if isinstance(hyperparams.get(key), str):
-                hyperparams[key] = exp_manager.SimpleLinearSchedule(hyperparams[key].removeprefix("lin_"))
+            value = hyperparams.get(key)
+            if isinstance(value, str):
+                # YAML takes 1e-2 for text
+                if not value.startswith("lin_"):
+                    raise ValueError(f"{key} must be a number, such as 0.01 or !!float 1e-2, or lin_0.01, but got {value!r}.")
+                hyperparams[key] = exp_manager.SimpleLinearSchedule(value.removeprefix("lin_"))
         return original(hyperparams)
 
     manager._preprocess_schedules = staticmethod(preprocess)

@@ -31,10 +31,13 @@ def interquartile_mean(scores: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.n
     :param scores: (seeds, points)
     :return: For each point: the interquartile mean over the seeds, and the bounds of its 95 % bootstrap interval
     """
-    from rliable import library, metrics
+    from rliable import library
 
     def statistic(runs: np.ndarray) -> np.ndarray:
-        return np.array([metrics.aggregate_iqm(runs[..., point]) for point in range(runs.shape[-1])])
+        # What rliable's aggregate_iqm computes point by point, in a fraction of its time
+        ordered = np.sort(runs.reshape(-1, runs.shape[-1]), axis=0)
+        n_cut = len(ordered) // 4
+        return ordered[n_cut : len(ordered) - n_cut].mean(axis=0)
 
     # rliable draws from numpy's global generator: the same report from the same rows
     np.random.seed(0)

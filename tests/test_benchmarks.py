@@ -424,10 +424,13 @@ def test_the_rate_counts_what_was_done_not_what_was_asked_for():
 
 
 def test_interquartile_mean_and_report(tmp_path: Path):
-    pytest.importorskip("rliable")
+    metrics = pytest.importorskip("rliable.metrics")
     scores = np.array([[0.0, 1.0], [10.0, 1.0], [20.0, 1.0], [1000.0, 1.0]])
     point, low, high = interquartile_mean(scores)
     assert point.tolist() == [15.0, 1.0] and low[0] < 15 < high[0] and low[1] == high[1] == 1
+    for n_seeds in range(1, 11):
+        scores = np.random.default_rng(n_seeds).normal(size=(n_seeds, 2))
+        np.testing.assert_allclose(interquartile_mean(scores)[0], [metrics.aggregate_iqm(column) for column in scores.T])
 
     path = tmp_path / "page.jsonl"
     for seed, final in ((1, 100.0), (2, 120.0)):

@@ -16,6 +16,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
 from sb3_ext import DDQN, DuelingDDQN
+from sb3_ext.algos.ddqn import MlpPolicy
 from sb3_ext.algos.dueling_ddqn.policies import DuelingMLP
 from sb3_ext.common.evaluation import PerceptronEvaluation
 
@@ -38,10 +39,10 @@ def batch(n=6, n_actions=2, discounts=None):
     )
 
 
-def fixed_target(model, next_q_values):
-    """The target network values the next states like this, whatever they are."""
-    model.q_net_target.q_values = lambda obs: th.tensor(next_q_values)
-    return model
+def update(model, data):
+    """:return: the loss of one update with a batch as the replay buffer gives it"""
+    data = model.q_net.preprocess_batch(data)
+    return model._update(data, model.q_net_target.q_values(data.next_observations))
 
 
 @pytest.mark.parametrize(
@@ -54,16 +55,17 @@ def fixed_target(model, next_q_values):
     ],
 )
 def test_target_by_hand(double_q, expected):
-    model = fixed_target(cartpole(DDQN, gamma=0.9, double_q=double_q), [[5.0, 2.0], [4.0, 7.0], [8.0, 9.0]])
+    model = cartpole(DDQN, gamma=0.9, double_q=double_q)
+    next_q_values = th.tensor([[5.0, 2.0], [4.0, 7.0], [8.0, 9.0]])
     data = batch(3)._replace(rewards=th.tensor([[1.0], [2.0], [3.0]]), dones=th.tensor([[0.0], [0.0], [1.0]]))
-    target = model._target(data, th.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]))
+    target = model._target(data, th.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 1.0]]), next_q_values)
     th.testing.assert_close(target, th.tensor(expected).unsqueeze(1))
 
 
 def test_target_with_discounts_of_n_steps():
-    model = fixed_target(cartpole(DDQN), [[5.0, 2.0], [4.0, 7.0]])
+    next_q_values = th.tensor([[5.0, 2.0], [4.0, 7.0]])
     data = batch(2, discounts=th.tensor([[0.5], [0.25]]))._replace(rewards=th.zeros(2, 1), dones=th.zeros(2, 1))
-    target = model._target(data, th.tensor([[0.0, 1.0], [1.0, 0.0]]))
+    target = cartpole(DDQN)._target(data, th.tensor([[0.0, 1.0], [1.0, 0.0]]), next_q_values)
     th.testing.assert_close(target, th.tensor([[1.0], [1.0]]))
 
 
@@ -142,7 +144,7 @@ def test_update_against_float64(algo, net_arch, max_grad_norm):
     scale = min(1.0, max_grad_norm / norm.item())
     assert (scale < 1.0) == (max_grad_norm < 1.0)
 
-    th.testing.assert_close(model._update(data).double(), loss.detach(), rtol=1e-5, atol=1e-6)
+    th.testing.assert_close(update(model, data).double(), loss.detach(), rtol=1e-5, atol=1e-6)
     for after, before, gradient in zip(model.q_net.parameters(), parameters, gradients, strict=True):
         th.testing.assert_close(after.double(), before - 0.1 * scale * gradient, rtol=1e-4, atol=1e-5)
 
@@ -156,6 +158,56 @@ def test_without_double_q_it_is_dqn():
         model.learn(256)
     for name, value in expected.policy.state_dict().items():
         th.testing.assert_close(ours.policy.state_dict()[name], value, rtol=1e-4, atol=1e-5)
+
+
+def test_batches_are_those_that_are_sampled_one_by_one():
+    model = cartpole(DDQN, n_steps=3, learning_starts=1000)
+    model.learn(300)
+    # Many batches at a time, and the rest
+    np.random.seed(0)
+    batches = list(model._batches(400, 100))
+    np.random.seed(0)
+    assert len(batches) == 400
+    for data, next_q_values in batches:
+        expected = model.replay_buffer.sample(100)
+        for ours, theirs in zip(data, expected, strict=True):
+            th.testing.assert_close(ours, theirs, rtol=0, atol=0)
+        th.testing.assert_close(next_q_values, model.q_net_target(expected.next_observations))
+
+
+@pytest.mark.parametrize("algo", [DDQN, DuelingDDQN])
+def test_a_few_observations_are_acted_on_in_numpy(algo):
+    policy_kwargs = {"net_arch": [32, 15], "activation_fn": nn.Tanh}
+    policy = cartpole(algo, policy_kwargs=policy_kwargs).policy
+    for parameter in policy.q_net.parameters():
+        parameter.data.normal_()
+    obs = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
+    q_values = policy.q_net(th.as_tensor(obs))
+    np.testing.assert_allclose(policy.q_net.q_net.as_numpy()(obs), q_values.detach(), rtol=1e-4, atol=1e-4)
+    actions = q_values.argmax(1).numpy()
+    assert 20 < actions.sum() < 180
+    policy.q_net.forward = None  # it is not asked
+    for few in obs.reshape(20, 10, 4):
+        np.testing.assert_array_equal(policy.predict(few)[0], policy.predict(few.astype(np.float64))[0])
+    np.testing.assert_array_equal(np.concatenate([policy.predict(few)[0] for few in obs.reshape(20, 10, 4)]), actions)
+
+
+def test_what_is_not_acted_on_in_numpy():
+    assert cartpole(DDQN).policy._acts_in_numpy(np.zeros((3, 4)))
+    assert not cartpole(DDQN).policy._acts_in_numpy(np.zeros(4))
+    assert not cartpole(DDQN).policy._acts_in_numpy(np.zeros((0, 4)))
+    assert not cartpole(DDQN).policy._acts_in_numpy(np.zeros((1000, 4)))
+    assert not cartpole(DDQN, policy_kwargs={"activation_fn": nn.ELU}).policy._acts_in_numpy(np.zeros((3, 4)))
+    env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=True)
+    image = np.zeros((1, 1, 40, 40), np.uint8)
+    assert not DDQN("MlpPolicy", env, buffer_size=10, device="cpu").policy._acts_in_numpy(image)
+
+    class Sampling(MlpPolicy):
+        def _predict(self, observation, deterministic=True):
+            return th.ones(len(observation), dtype=th.long)
+
+    model = DDQN(Sampling, "CartPole-v1", buffer_size=10, device="cpu")
+    assert model.predict(np.zeros((2, 4), np.float32), deterministic=True)[0].tolist() == [1, 1]
 
 
 @pytest.mark.parametrize("algo", [DDQN, DuelingDDQN])
@@ -196,7 +248,7 @@ def test_gradient_into_the_shared_layers_is_rescaled(policy):
         model = DuelingDDQN(policy, env, learning_rate=0.1, buffer_size=20, policy_kwargs=policy_kwargs, seed=0, device="cpu")
         assert model.policy._get_constructor_parameters()["rescale_shared_gradient"] is rescale
         before = copy.deepcopy(model.q_net.state_dict())
-        model._update(ReplayBufferSamples(obs, zeros.long(), obs, zeros, zeros + 1.0))
+        update(model, ReplayBufferSamples(obs, zeros.long(), obs, zeros, zeros + 1.0))
         steps[rescale] = {name: value - before[name] for name, value in model.q_net.state_dict().items()}
     for name, step in steps[False].items():
         assert step.abs().max() > 0

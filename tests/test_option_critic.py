@@ -332,10 +332,12 @@ def test_networks_in_numpy(policy_kwargs, env):
     for parameter in model.policy.parameters():
         parameter.data.copy_(th.randn_like(parameter))
     obs = np.random.default_rng(0).normal(size=(5, *model.observation_space.shape)).astype(np.float32)
-    for expected, actual in zip(model.policy.outputs(th.as_tensor(obs)), model.policy.outputs_in_numpy()(obs), strict=True):
+    in_numpy = model.policy.outputs_in_numpy(len(obs))
+    for expected, actual in zip(model.policy.outputs(th.as_tensor(obs)), in_numpy(obs), strict=True):
         np.testing.assert_allclose(actual, expected, rtol=1e-4, atol=1e-5)
+    assert model.policy.outputs_in_numpy(100_000) is None
     other = OptionCritic("MlpPolicy", env, buffer_size=10, policy_kwargs={"activation_fn": th.nn.ELU}, device="cpu")
-    assert other.policy.outputs_in_numpy() is None
+    assert other.policy.outputs_in_numpy(1) is None
 
 
 def test_draws_have_the_distribution_of_the_option():

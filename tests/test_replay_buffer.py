@@ -2,13 +2,15 @@
 
 import numpy as np
 import pytest
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
 from sb3_ext import DDQN, SACDiscrete
-from sb3_ext.common.replay_buffer import FastReplayBuffer
+from sb3_ext.common.replay_buffer import FastReplayBuffer, split_batch
 
 SPACES = {
     "vectors": spaces.Box(-1, 1, (3,)),
@@ -91,3 +93,20 @@ def test_it_is_used_unless_told_otherwise(algo):
     ):
         model = algo("MlpPolicy", "CartPole-v1", buffer_size=10, device="cpu", **kwargs)
         assert type(model.replay_buffer).__name__ == expected
+
+
+def test_transitions_are_split_in_their_order():
+    column = th.arange(5.0).unsqueeze(1)
+    observations, next_observations = ({"a": column + first, "b": column + first + 10} for first in (0, 1))
+    data = DictReplayBufferSamples(observations, column + 20, next_observations, column, column)
+    parts = list(split_batch(data, 2))
+    assert [len(part.rewards) for part in parts] == [2, 2, 1] and all(part.discounts is None for part in parts)
+    for index, first in enumerate((0, 2, 4)):
+        rows = slice(first, first + 2)
+        assert parts[index].observations["b"].tolist() == (column + 10)[rows].tolist()
+        assert parts[index].next_observations["a"].tolist() == (column + 1)[rows].tolist()
+        assert parts[index].actions.tolist() == (column + 20)[rows].tolist()
+    assert [part.discounts.tolist() for part in split_batch(data._replace(discounts=column), 4)] == [
+        column[:4].tolist(),
+        column[4:].tolist(),
+    ]

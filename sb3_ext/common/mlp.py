@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -23,6 +23,10 @@ _MIN_PRODUCT = 2**24
 
 # The same for gradients of weights: MKL takes the transposed factors as they are and writes the result to its place
 _MIN_WEIGHT_PRODUCT = 2**23
+
+# Networks are computed in numpy up to so many multiplications. OpenBLAS divides larger products among threads, and these wait
+# long for each other on a busy machine.
+_MAX_NUMPY_PRODUCT = 2**18
 
 # Without gradients, so many rows go through all layers at a time: what lies between the layers stays in the processor's cache,
 # and the memory for it is used again instead of being returned to the system and fetched anew
@@ -151,12 +155,13 @@ class MLP(nn.Sequential):
 
     def as_numpy(self) -> Callable[[np.ndarray], np.ndarray]:
         """
-        For a handful of rows, where calling numpy costs less than calling torch.
+        For a handful of rows, where calling numpy costs less than calling torch, see :func:`suits_numpy`.
 
         :return: A function that maps float32 inputs (batch, input_dim) to outputs (batch, output_dim), with the parameters'
             values at the time of calling it, as long as their memory is not replaced. Only on CPU.
         """
-        weights = [(linear.weight.detach().numpy().T, linear.bias.detach().numpy()) for linear in self._linears]
+        arrays = [parameter.detach().numpy() for parameter in self._weights_and_biases]
+        weights = [(weight.T, bias) for weight, bias in zip(arrays[::2], arrays[1::2], strict=True)]
         in_place = ACTIVATIONS[self.activation_fn].numpy_in_place
 
         def forward(inputs: np.ndarray) -> np.ndarray:
@@ -168,6 +173,16 @@ class MLP(nn.Sequential):
             return outputs
 
         return forward
+
+
+def suits_numpy(n_rows: int, parameters: Iterable[th.Tensor]) -> bool:
+    """
+    :param n_rows: Rows of a batch
+    :param parameters: Of perceptrons
+    :return: Whether the perceptrons' ``as_numpy`` is faster than torch for the batch
+    """
+    sizes = [parameter.numel() for parameter in parameters if parameter.is_cpu]
+    return 0 < n_rows * sum(sizes) <= _MAX_NUMPY_PRODUCT
 
 
 def mlp(input_dim: int, output_dim: int, net_arch: list[int], activation_fn: type[nn.Module] = nn.ReLU) -> MLP:

@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch as th
+from gymnasium import spaces
+from stable_baselines3.common.preprocessing import is_image_space
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from stable_baselines3.dqn import policies as dqn
 
@@ -29,6 +32,18 @@ class QNetwork(PreprocessingMixin, dqn.QNetwork):
     def heads(self) -> Heads:
         """The network as its only head, behind the features."""
         return Heads(self.features_extractor, [cast(MLP, self.q_net)])
+
+    @property
+    def is_perceptron(self) -> bool:
+        """Whether this is a plain perceptron of the flattened observations as they are, no images and no classes."""
+        space = self.observation_space
+        return (
+            isinstance(space, spaces.Box)
+            and not (self.normalize_images and is_image_space(space))
+            and type(self.features_extractor) is FlattenExtractor
+            and type(self).forward is QNetwork.forward
+            and cast(MLP, self.q_net).is_plain
+        )
 
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """

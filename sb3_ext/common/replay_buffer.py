@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
@@ -56,3 +59,19 @@ def default_replay_buffer_class(observation_space: spaces.Space, n_steps: int) -
     :return: What to use where the user has not chosen, or None where SB3 chooses another kind of buffer
     """
     return None if isinstance(observation_space, spaces.Dict) or n_steps > 1 else FastReplayBuffer
+
+
+def split_batch(replay_data: ReplayBufferSamples, batch_size: int) -> Iterator[ReplayBufferSamples]:
+    """
+    :param replay_data: Transitions, also with observations of a Dict space
+    :param batch_size: Transitions in each part, but the last one may have less
+    :return: Their parts, in their order
+    """
+
+    def parts(field: th.Tensor | dict[str, th.Tensor] | None) -> Any:
+        if isinstance(field, dict):
+            return (dict(zip(field, tensors, strict=True)) for tensors in zip(*map(parts, field.values()), strict=True))
+        return repeat(None) if field is None else field.split(batch_size)
+
+    # Fields that are None have no end
+    return (type(replay_data)(*fields) for fields in zip(*map(parts, replay_data), strict=False))

@@ -25,6 +25,7 @@ from stable_baselines3.common.utils import obs_as_tensor
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ext.common.actor_critic import actor_network, is_standard
+from sb3_ext.common.mlp import suits_numpy
 from sb3_ext.common.observations import map_observations
 
 # Most rows that a network gets at once: more would not be faster, and the activations of images take memory
@@ -129,10 +130,10 @@ class ActorOnlyRollouts(OnPolicyAlgorithm):
         :return: A function that draws actions (n_envs, *action_space.shape) for observations, with the present parameters
         """
         policy, shape = self.policy, (n_envs, *self.action_space.shape)  # type: ignore[misc]
-        network = actor_network(policy) if self.device.type == "cpu" else None
+        network = actor_network(policy)
         make_draw = _DISTRIBUTIONS[type(policy.action_dist)]
 
-        if network is None or make_draw is None:
+        if network is None or make_draw is None or not suits_numpy(n_envs, network.weights_and_biases()):
 
             def act(observations: Observations) -> np.ndarray:
                 with th.no_grad():

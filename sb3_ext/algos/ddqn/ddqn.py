@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -14,10 +15,13 @@ from sb3_ext.algos.ddqn.policies import CnnPolicy, DDQNPolicy, MlpPolicy, MultiI
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.losses import huber_loss
 from sb3_ext.common.q_network import QNetwork
-from sb3_ext.common.replay_buffer import default_replay_buffer_class
+from sb3_ext.common.replay_buffer import default_replay_buffer_class, split_batch
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
 SelfDDQN = TypeVar("SelfDDQN", bound="DDQN")
+
+# Observations are sampled together up to this size, which the processor's cache holds
+_NUMBERS_TOGETHER = 2**16
 
 
 class DDQN(RewardNormalizationMixin, DQN):
@@ -152,12 +156,9 @@ class DDQN(RewardNormalizationMixin, DQN):
         :param gradient_steps: Number of updates
         :param batch_size: Transitions in one update
         """
-        assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
         self._update_learning_rate(self.policy.optimizer)
-        losses = [
-            self._update(self.replay_buffer.sample(batch_size, env=self._vec_normalize_env)) for _ in range(gradient_steps)
-        ]
+        losses = [self._update(*batch) for batch in self._batches(gradient_steps, batch_size)]
         self._n_updates += gradient_steps
         loss = th.stack(losses).mean().item()
         if not np.isfinite(loss):
@@ -167,29 +168,54 @@ class DDQN(RewardNormalizationMixin, DQN):
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
         self.logger.record("train/loss", loss)
 
+    def _batches(self, n_batches: int, batch_size: int) -> Iterator[tuple[ReplayBufferSamples, th.Tensor]]:
+        """
+        Between the updates of one call of ``train`` the target network stays as it is. So small batches are sampled, and their
+        next states valued by it, many at a time.
+
+        :param n_batches: Number of batches
+        :param batch_size: Transitions in each
+        :return: Batches with preprocessed observations, each with the target network's values in the next states,
+            (batch, n_actions)
+        """
+        assert self.replay_buffer is not None
+        n_together = max(1, _NUMBERS_TOGETHER // (batch_size * spaces.flatdim(self.observation_space)))
+        for n_done in range(0, n_batches, n_together):
+            n_transitions = min(n_together, n_batches - n_done) * batch_size
+            replay_data = self.replay_buffer.sample(n_transitions, env=self._vec_normalize_env)
+            replay_data = self.q_net.preprocess_batch(replay_data)
+            with th.no_grad():
+                next_q_values = self.q_net_target.q_values(replay_data.next_observations)
+            yield from zip(split_batch(replay_data, batch_size), next_q_values.split(batch_size), strict=True)
+
     @th.no_grad()
-    def _update(self, replay_data: ReplayBufferSamples) -> th.Tensor:
-        """:return: the loss before the update, a scalar"""
+    def _update(self, replay_data: ReplayBufferSamples, next_q_values: th.Tensor) -> th.Tensor:
+        """
+        :param replay_data: A batch with preprocessed observations
+        :param next_q_values: The target network's values in the next states, (batch, n_actions)
+        :return: the loss before the update, a scalar
+        """
         policy, q_net = self.policy, self.policy.q_net
-        replay_data = q_net.preprocess_batch(replay_data)
         online = q_net.heads.evaluate(policy.flat, replay_data.observations, replay_data.next_observations)
-        (q_values,), (next_q_values,) = online.outputs, online.next_outputs
-        target_q_values = self._target(replay_data, next_q_values)
+        (q_values,), (online_next_q_values,) = online.outputs, online.next_outputs
+        target_q_values = self._target(replay_data, online_next_q_values, next_q_values)
         actions = replay_data.actions.long() - int(self.action_space.start)
         loss, gradient = huber_loss(q_values, actions, target_q_values)
         online.backward(gradient)
         policy.flat.step(policy.optimizer, self.max_grad_norm)
         return loss
 
-    def _target(self, replay_data: ReplayBufferSamples, online_next_q_values: th.Tensor) -> th.Tensor:
+    def _target(
+        self, replay_data: ReplayBufferSamples, online_next_q_values: th.Tensor, next_q_values: th.Tensor
+    ) -> th.Tensor:
         """
         ``dones`` is set by termination only: a truncated episode goes on in the target.
 
-        :param replay_data: A batch with preprocessed observations
+        :param replay_data: A batch
         :param online_next_q_values: The online network's values in the next states, (batch, n_actions)
+        :param next_q_values: The target network's, (batch, n_actions)
         :return: ``r + discount * Q_target(s', argmax_a Q(s', a))``, (batch, 1)
         """
-        next_q_values = self.q_net_target.q_values(replay_data.next_observations)
         chooser = online_next_q_values if self.double_q else next_q_values
         next_q_values = next_q_values.gather(1, chooser.argmax(dim=1, keepdim=True))
         # For n-step returns gamma**n_steps, less where the episode ends before

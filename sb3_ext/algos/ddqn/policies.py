@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard, cast
 
+import numpy as np
+from gymnasium import spaces
 from stable_baselines3.common.torch_layers import CombinedExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.dqn.policies import DQNPolicy
 
 from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
+from sb3_ext.common.mlp import MLP, suits_numpy
 from sb3_ext.common.q_network import QNetwork
 
 
@@ -18,6 +21,7 @@ class DDQNPolicy(FlatParametersMixin, DQNPolicy):
     else.
     """
 
+    action_space: spaces.Discrete
     q_net: QNetwork
     q_net_target: QNetwork
 
@@ -26,6 +30,38 @@ class DDQNPolicy(FlatParametersMixin, DQNPolicy):
         self.q_net_target.requires_grad_(False)
         self.flat = FlatParameters(self.q_net)
         self.optimizer = self.flat.make_optimizer(self.optimizer_class, lr_schedule(1), self.optimizer_kwargs)
+
+    def predict(
+        self,
+        observation: np.ndarray | dict[str, np.ndarray],
+        state: tuple[np.ndarray, ...] | None = None,
+        episode_start: np.ndarray | None = None,
+        deterministic: bool = False,
+    ) -> tuple[np.ndarray, tuple[np.ndarray, ...] | None]:
+        """
+        As SB3's, and in numpy where that is faster: for a few observations that are vectors, on CPU.
+
+        :param observation: One observation or a batch of them
+        :param state: Not used
+        :param episode_start: Not used
+        :param deterministic: Not used
+        :return: The best actions, and ``state``
+        """
+        if not self._acts_in_numpy(observation):
+            return super().predict(observation, state, episode_start, deterministic)
+        self.set_training_mode(False)
+        forward = cast(MLP, self.q_net.q_net).as_numpy()
+        q_values = forward(observation.astype(np.float32, copy=False).reshape(len(observation), -1))
+        return q_values.argmax(axis=1) + self.action_space.start, state
+
+    def _acts_in_numpy(self, observation: np.ndarray | dict[str, np.ndarray]) -> TypeGuard[np.ndarray]:
+        return (
+            isinstance(observation, np.ndarray)
+            and observation.shape[1:] == self.observation_space.shape
+            and suits_numpy(len(observation), [self.flat.tensor])
+            and type(self)._predict is DDQNPolicy._predict
+            and self.q_net.is_perceptron
+        )
 
     def set_training_mode(self, mode: bool) -> None:
         # Acting sets it at every step, and setting it visits every module

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
@@ -90,6 +91,24 @@ class DuelingMLP(nn.Module):
         of_value = value.weight.expand(advantages.out_features, -1)
         weight = th.cat([of_value, advantages.weight - advantages.weight.mean(dim=0)], dim=1)
         return weight, advantages.bias + (value.bias - advantages.bias.mean())
+
+    def as_numpy(self) -> Callable[[np.ndarray], np.ndarray]:
+        """
+        :return: As of :class:`sb3_ext.common.mlp.MLP`
+        """
+        trunk, in_place = self.trunk.as_numpy(), ACTIVATIONS[self.activation_fn].numpy_in_place
+        value_weight, value_bias, advantage_weight, advantage_bias = (
+            parameter.detach().numpy() for parameter in self._weights_and_biases[-4:]
+        )
+        n_value_units = value_weight.shape[1]
+
+        def forward(inputs: np.ndarray) -> np.ndarray:
+            hidden = in_place(trunk(inputs))
+            advantages = hidden[:, n_value_units:] @ advantage_weight.T + advantage_bias
+            values = hidden[:, :n_value_units] @ value_weight.T + value_bias
+            return values + (advantages - advantages.mean(axis=1, keepdims=True))
+
+        return forward
 
     def gradients(self, activations: Sequence[th.Tensor], grad_output: th.Tensor, out: Sequence[th.Tensor]) -> None:
         """

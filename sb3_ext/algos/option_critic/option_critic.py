@@ -229,7 +229,7 @@ class OptionCritic(RewardNormalizationMixin):
     def collect_rollouts(self, *args: Any, **kwargs: Any) -> RolloutReturn:
         self._rollout = []
         # The parameters stay as they are until its end
-        self._outputs = self.policy.outputs_in_numpy() or self._outputs_in_torch
+        self._outputs = self.policy.outputs_in_numpy(self.n_envs) or self._outputs_in_torch
         return super().collect_rollouts(*args, **kwargs)
 
     def _outputs_in_torch(self, obs: Any) -> Outputs:

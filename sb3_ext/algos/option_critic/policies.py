@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from itertools import chain
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch import nn
 from sb3_ext.common.conv_features import PreprocessingMixin
 from sb3_ext.common.flat_parameters import FlatParameters
 from sb3_ext.common.flat_policy import FlatPolicy
-from sb3_ext.common.mlp import ACTIVATIONS, MLP, mlp
+from sb3_ext.common.mlp import ACTIVATIONS, MLP, mlp, suits_numpy
 
 
 class Step(NamedTuple):
@@ -240,18 +241,19 @@ class OptionCriticPolicy(FlatPolicy):
         arrays = (self.critic.values(hidden), self.terminations(hidden), self.actor(hidden).unflatten(1, (self.n_options, -1)))
         return Outputs(*(array.cpu().numpy() for array in arrays))
 
-    def outputs_in_numpy(self) -> Callable[[np.ndarray], Outputs] | None:
+    def outputs_in_numpy(self, n_rows: int) -> Callable[[np.ndarray], Outputs] | None:
         """
-        For a handful of rows, where calling numpy costs less than calling torch.
-
+        :param n_rows: Rows of the arrays to come
         :return: As ``outputs``, for arrays of vectors, with the parameters as they are when it is called; None if these
-            networks cannot be computed so
+            networks cannot be computed so, or if torch is faster
         """
         trunk = cast(MLP, self.critic.trunk[0]) if isinstance(self.critic.trunk, nn.Sequential) else None
         networks = [cast(MLP, self.critic.values), self.termination_net, self.actor, *([] if trunk is None else [trunk])]
         is_vector = isinstance(self.observation_space, spaces.Box) and not is_image_space(self.observation_space)
-        is_flat = is_vector and type(self.critic.features_extractor) is FlattenExtractor and self.device.type == "cpu"
-        if not (is_flat and self.activation_fn in ACTIVATIONS and all(network.is_plain for network in networks)):
+        is_flat = is_vector and type(self.critic.features_extractor) is FlattenExtractor
+        is_plain = self.activation_fn in ACTIVATIONS and all(network.is_plain for network in networks)
+        parameters = chain.from_iterable(network.weights_and_biases() for network in networks)
+        if not (is_flat and is_plain and suits_numpy(n_rows, parameters)):
             return None
         values, terminations, actor, *hidden = (network.as_numpy() for network in networks)
         activate = ACTIVATIONS[self.activation_fn].numpy_in_place

@@ -73,9 +73,7 @@ class MLP(nn.Sequential):
             return super().forward(inputs)
         if th.is_grad_enabled():
             return _MLPFunction.apply(self.activation_fn, inputs, *self.weights_and_biases())
-        if len(inputs) <= _BLOCK_ROWS:
-            return self.activations(inputs)[-1]
-        return th.cat([self.activations(block)[-1] for (block,) in _blocks(_BLOCK_ROWS, inputs)])
+        return last_of_blocks(self.activations, inputs)
 
     def weights_and_biases(self) -> list[th.Tensor]:
         """
@@ -280,6 +278,17 @@ def _weight_gradient(grad: th.Tensor, inputs: th.Tensor, out: th.Tensor | None) 
 def _blocks(n_rows: int, *tensors: th.Tensor) -> Iterator[tuple[th.Tensor, ...]]:
     """:return: the tensors' first ``n_rows`` rows, then the next ones, and so on"""
     return zip(*[tensor.split(n_rows) for tensor in tensors], strict=True)
+
+
+def last_of_blocks(activations: Callable[[th.Tensor], Sequence[th.Tensor]], inputs: th.Tensor) -> th.Tensor:
+    """
+    :param activations: From inputs to the output of each layer
+    :param inputs: (batch, input_dim)
+    :return: The last layer's outputs, computed in blocks if there are many rows, (batch, output_dim)
+    """
+    if len(inputs) <= _BLOCK_ROWS:
+        return activations(inputs)[-1]
+    return th.cat([activations(block)[-1] for (block,) in _blocks(_BLOCK_ROWS, inputs)])
 
 
 def forward_layers(inputs: th.Tensor, parameters: Sequence[th.Tensor], activation_fn: type[nn.Module]) -> list[th.Tensor]:

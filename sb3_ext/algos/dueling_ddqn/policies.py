@@ -15,7 +15,7 @@ from torch import nn
 
 from sb3_ext.algos.ddqn.policies import DDQNPolicy
 from sb3_ext.common.conv_features import ConvFeatures
-from sb3_ext.common.mlp import ACTIVATIONS, backward_layers, forward_layers, mlp, without_gradients
+from sb3_ext.common.mlp import ACTIVATIONS, backward_layers, forward_layers, last_of_blocks, mlp, without_gradients
 from sb3_ext.common.q_network import QNetwork
 
 
@@ -59,7 +59,7 @@ class DuelingMLP(nn.Module):
         :return: Values of all actions, (batch, n_actions)
         """
         if self.is_plain and not th.is_grad_enabled():
-            return self.activations(features)[-1]
+            return last_of_blocks(self.activations, features)
         *shared, streams = self.trunk
         hidden = nn.Sequential(*shared)(features)
         # The same values, whose gradient is scaled

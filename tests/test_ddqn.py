@@ -163,6 +163,8 @@ def test_without_double_q_it_is_dqn():
 def test_batches_are_those_that_are_sampled_one_by_one():
     model = cartpole(DDQN, n_steps=3, learning_starts=1000)
     model.learn(300)
+    for parameter in model.q_net_target.parameters():
+        parameter.data.normal_()
     # Many batches at a time, and the rest
     np.random.seed(0)
     batches = list(model._batches(400, 100))

@@ -5,7 +5,7 @@ import torch as th
 from torch import nn
 
 from sb3_ext.common import mlp as module
-from sb3_ext.common.mlp import MLP, mlp
+from sb3_ext.common.mlp import MLP, mlp, suits_numpy
 
 
 @pytest.fixture(params=[0, 2**60], ids=["oneDNN", "MKL"])
@@ -100,3 +100,10 @@ def test_products_with_the_jacobian_block_by_block(each_path, monkeypatch):
     out = [th.empty_like(parameter) for parameter in net.weights_and_biases()]
     th.testing.assert_close((net.gradients(activations, grad_output, out=out), net.tangent(activations, tangents)), expected)
     th.testing.assert_close(out, expected[0])
+
+
+def test_numpy_is_for_few_multiplications():
+    weights = [th.zeros(2**9, 2**7), th.zeros(2**9, 2**7)]
+    assert suits_numpy(1, weights) and suits_numpy(2, weights)
+    assert not suits_numpy(0, weights) and not suits_numpy(3, weights)
+    assert not suits_numpy(1, [weight.to("meta") for weight in weights])

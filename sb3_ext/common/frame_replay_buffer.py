@@ -112,7 +112,8 @@ class FrameReplayBuffer(NStepReplayBuffer):
             return super()._get_samples(batch_inds, env)
         # As SB3's ReplayBuffer, but the frames that a stack and the next one share are read once. For one environment, numpy
         # would draw nothing.
-        envs = np.random.randint(0, high=self.n_envs, size=len(batch_inds)) if self.n_envs > 1 else np.zeros_like(batch_inds)
+        n = len(batch_inds)
+        envs = np.random.randint(0, high=self.n_envs, size=n) if self.n_envs > 1 else np.zeros(n, np.intp)
         stacks_and_next_frame = self._frames.read(batch_inds, envs, oldest=self.n_stack - 1, newest=-1)
         n_channels = self._frames.n_channels
         data = (
@@ -262,14 +263,14 @@ class _Frames:
         :param newest: The same for the newest wanted frame; -1 is that of the next observation
         :return: (batch, (oldest - newest + 1) * channels, height, width)
         """
-        frames = th.from_numpy(self.slots.reshape(self.slots.shape[0] * self.slots.shape[1], -1))
         n_wanted, n_older, offsets = oldest - newest + 1, self.n_older[rows, envs], envs * (self.n_slots + 1)
         # As a rule they lie one after the other, and one copy of all of them takes less time than one copy of each
         starts = (self.newest[rows, envs] - oldest) % self.n_slots
         is_apart = (n_older < oldest) | (starts > self.n_slots - n_wanted)
-        stacks = frames.as_strided((len(frames) - n_wanted + 1, n_wanted * frames.shape[1]), (frames.shape[1], 1))
-        gathered = stacks.index_select(0, th.from_numpy(np.where(is_apart, 0, starts + offsets)))
-        batch = gathered.view(len(rows), -1, *self.stack_shape[1:]).numpy()
+        n_bytes = self.slots[0, 0].size
+        shape = (self.slots.shape[0] * self.slots.shape[1] - n_wanted + 1, n_wanted * n_bytes)
+        stacks: np.ndarray = np.ndarray(shape, np.uint8, self.slots, strides=(n_bytes, 1))
+        batch = stacks[np.where(is_apart, 0, starts + offsets)].reshape(len(rows), -1, *self.stack_shape[1:])
         if is_apart.any():
             one_by_one = self._slots(rows[is_apart], envs[is_apart], np.arange(oldest, newest - 1, -1))
             batch[is_apart] = self.slots[envs[is_apart, None], one_by_one].reshape(-1, *batch.shape[1:])

@@ -309,7 +309,7 @@ def test_double_q_learning_overestimates_less():
 
 
 class Constant(gym.Env):
-    """The same state again and again, a reward of 1 for any action. Actions are counted from 3."""
+    """The same state again and again, a reward of 1 for one of four actions. Actions are counted from 3."""
 
     observation_space = spaces.Box(0, 1, (1,))
     action_space = spaces.Discrete(4, start=3)

@@ -381,10 +381,11 @@ def write(path: Path, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = grouped(results.read(path), "kind")
-    sections = [
-        returns_section(env if study == "default" else f"{env}: {study}", of_study, folder / f"{path.stem}-{study}-{env}.png")
-        for (study, env), of_study in grouped(rows.get(("returns",), []), "study", "env").items()
-    ]
+    sections = []
+    for (study, env), of_study in grouped(rows.get(("returns",), []), "study", "env").items():
+        # As the zoo names the folders of such environments
+        figure = folder / f"{path.stem}-{study}-{env.replace('/', '-')}.png"
+        sections.append(returns_section(env if study == "default" else f"{env}: {study}", of_study, figure))
     makers: dict[str, Callable[[list[Row]], str]] = {
         "speed": speed_section,
         "on-policy speed": on_policy_section,

@@ -484,18 +484,18 @@ def test_report_of_on_policy_algorithms(tmp_path: Path):
     path = tmp_path / "page.jsonl"
     for algo in ("trpo", "trpo_fast"):
         for seed, final in ((1, 100.0), (2, 120.0)):
-            run = replace(RUN, study="default", label=algo, algo=algo, seed=seed)
+            run = replace(RUN, study="default", env="MinAtar/Breakout-v1", label=algo, algo=algo, seed=seed)
             results.append(path, {**returns_row(run, final), "data": None})
     for case, rates in (("a", {"ours": [30.0], "sb3": [10.0]}), ("b", {"ours": [8.0], "tianshou": [4.0]})):
         specs = {name: {"algo": f"algo-{name}"} for name in rates}
         row = {"kind": "on-policy speed", "case": case, "measured": "learn", "threads": 1, "rates": rates, "specs": specs}
         results.append(path, {**row, "command": "python -m benchmarks speed", **results.stamp()})
     page = write(path, tmp_path / "docs").read_text()
-    assert "### CartPole-v1\n" in page and "normalised" not in page
+    assert "### MinAtar/Breakout-v1\n" in page and "normalised" not in page
     assert "| trpo_fast | 110.0 ± 10.0 |" in page and "| 100 120 | 20 | 1.0 |" in page
     assert "| a | 1 | algo-ours 30.0 | algo-sb3 10.0 (**3.00 x**) |  |" in page
     assert "| b | 1 | algo-ours 8.0 |  | algo-tianshou 4.0 (**2.00 x**) |" in page
-    assert (tmp_path / "docs" / "page-default-CartPole-v1.png").stat().st_size > 5000
+    assert (tmp_path / "docs" / "page-default-MinAtar-Breakout-v1.png").stat().st_size > 5000
 
 
 def test_report_of_gpus(tmp_path: Path):

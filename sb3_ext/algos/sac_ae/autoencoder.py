@@ -34,10 +34,9 @@ class ConvEncoder(BaseFeaturesExtractor):
             )
         self.n_layers = n_layers
         self.conv_shape = (n_filters, height, width)
-        # In place: nothing else needs what the convolutions give, and at the paper's settings it is 27 MB a layer
-        layers: list[nn.Module] = [nn.Conv2d(n_channels, n_filters, 3, stride=2), nn.ReLU(inplace=True)]
+        layers: list[nn.Module] = [nn.Conv2d(n_channels, n_filters, 3, stride=2), nn.ReLU()]
         for _ in range(n_layers - 1):
-            layers += [nn.Conv2d(n_filters, n_filters, 3), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(n_filters, n_filters, 3), nn.ReLU()]
         self.convolutions = nn.Sequential(*layers).to(memory_format=th.channels_last)  # type: ignore[call-overload]
         self.projection = nn.Sequential(
             nn.Linear(n_filters * height * width, features_dim), nn.LayerNorm(features_dim), nn.Tanh()
@@ -74,7 +73,7 @@ class ConvDecoder(nn.Module):
         self.linear = nn.Linear(encoder.features_dim, n_filters * height * width)
         layers: list[nn.Module] = []
         for _ in range(encoder.n_layers - 1):
-            layers += [nn.ConvTranspose2d(n_filters, n_filters, 3), nn.ReLU(inplace=True)]
+            layers += [nn.ConvTranspose2d(n_filters, n_filters, 3), nn.ReLU()]
         # The row and the column that a stride of 2 leaves out when the size is even
         output_padding = ((image_height - 3) % 2, (image_width - 3) % 2)
         layers.append(nn.ConvTranspose2d(n_filters, n_channels, 3, stride=2, output_padding=output_padding))

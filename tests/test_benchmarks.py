@@ -479,6 +479,12 @@ def test_report_of_options(tmp_path: Path):
     assert "| bcq | 0.75 (1.00 0.50) | 4.00 (6.00 2.00) |" in text
 
 
+@pytest.mark.parametrize("env", ["MinAtar/Breakout-v1", "MinAtar/SpaceInvaders-v1"])
+def test_dqn_has_the_settings_of_double_dqn_on_minatar(env):
+    of_dqn = data.settings("dqn", env, [])
+    assert of_dqn and of_dqn == data.settings("ddqn", env, [])
+
+
 def test_report_of_on_policy_algorithms(tmp_path: Path):
     pytest.importorskip("rliable")
     path = tmp_path / "page.jsonl"

@@ -9,6 +9,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 from sb3_ext import OptionCritic
@@ -152,6 +153,17 @@ def test_intra_option_gradient():
         return (probabilities * of_actions).sum(axis=-1).mean()
 
     assert_gradient(-gradient, objective, model.policy.actor[0].weight)
+
+
+@pytest.mark.parametrize(("progress", "weight"), [(1.0, 0.4), (0.25, 0.1), (0.0, 0.0)])
+def test_the_entropy_bonus_can_fall(progress, weight):
+    model, (rollout, rows) = exact_tables(ent_coef=LinearSchedule(0.4, 0.0, 1.0)), all_transitions()
+    without, _ = losses_of(exact_tables(), rollout)
+    model._current_progress_remaining = progress
+    loss, _ = losses_of(model, rollout)
+    probabilities = np.array([PROBABILITIES[state, option] for state, option, _ in rows])
+    entropies = -probabilities * np.log(probabilities) - (1 - probabilities) * np.log(1 - probabilities)
+    assert (without - loss).item() == pytest.approx(weight * entropies.mean(), rel=1e-4, abs=1e-6)
 
 
 def test_advantages_look_ahead_until_the_episode_ends():
@@ -601,6 +613,7 @@ def test_healthy_options_are_not_reported():
         ("gamma", 1.5),
         ("gae_lambda", -0.5),
         ("termination_regularization", -1.0),
+        ("ent_coef", -0.1),
         ("exploration_final_eps", 2.0),
         ("tau", -0.1),
     ],

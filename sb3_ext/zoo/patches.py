@@ -116,9 +116,9 @@ def read_schedules(exp_manager: Any) -> None:
 
     @functools.wraps(original)
     def preprocess(hyperparams: dict[str, Any]) -> dict[str, Any]:
-        for key in ("actor_learning_rate", "critic_learning_rate", "target_kl", "termination_learning_rate"):
+        for key in ("actor_learning_rate", "critic_learning_rate", "ent_coef", "target_kl", "termination_learning_rate"):
             value = hyperparams.get(key)
-            if isinstance(value, str):
+            if isinstance(value, str) and not (key == "ent_coef" and value.startswith("auto")):
                 # YAML takes 1e-2 for text
                 if not value.startswith("lin_"):
                     raise ValueError(f"{key} must be a number, such as 0.01 or !!float 1e-2, or lin_0.01, but got {value!r}.")

@@ -83,7 +83,7 @@ class OptionCritic(RewardNormalizationMixin):
         >= 0. Larger values give longer options.
     :param gae_lambda: Trade-off of bias and variance in the advantages of the options' policies, in [0, 1]. At 0, as in the
         paper, an action is judged by one step; above, also by those of the rollout that follow
-    :param ent_coef: Weight of the entropy of the options' policies, >= 0
+    :param ent_coef: Weight of the entropy of the options' policies, >= 0, or a schedule
     :param detach_heads: Whether the shared layers learn from the values only; otherwise policies and terminations train them,
         too
     :param target_update_interval: Update the target network every so many steps of the environment, >= 1
@@ -128,7 +128,7 @@ class OptionCritic(RewardNormalizationMixin):
         termination_learning_rate: float | Schedule | None = None,
         termination_regularization: float = 0.01,
         gae_lambda: float = 0.0,
-        ent_coef: float = 0.01,
+        ent_coef: float | Schedule = 0.01,
         detach_heads: bool = True,
         target_update_interval: int = 200,
         exploration_fraction: float = 0.1,
@@ -196,7 +196,9 @@ class OptionCritic(RewardNormalizationMixin):
         check_range(self, 0, 1, "tau", "gamma", "gae_lambda")
         check_range(self, 0, 1, "exploration_fraction", "exploration_initial_eps", "exploration_final_eps")
         check_range(self, 1, float("inf"), "buffer_size", "batch_size", "n_options", "target_update_interval")
-        check_range(self, 0, float("inf"), "termination_regularization", "ent_coef", "max_grad_norm")
+        check_range(self, 0, float("inf"), "termination_regularization", "max_grad_norm")
+        if not callable(self.ent_coef):
+            check_range(self, 0, float("inf"), "ent_coef")
 
     def _setup_model(self) -> None:
         self._check_arguments()
@@ -291,6 +293,7 @@ class OptionCritic(RewardNormalizationMixin):
 
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
+        self.logger.record("train/ent_coef", self._entropy_weight())
         losses["critic_loss"] = th.stack([*critic_losses, losses["critic_loss"]]).mean()
         for name, loss in losses.items():
             value = loss.item()
@@ -421,7 +424,11 @@ class OptionCritic(RewardNormalizationMixin):
         advantages = self._advantages(rollout, hidden, target_values)
         log_probs, entropies = self.policy.evaluate_options(hidden, rollout.options.squeeze(1), rollout.actions)
         entropy = entropies.mean()
-        return -(log_probs * advantages).mean() - self.ent_coef * entropy, entropy.detach()
+        return -(log_probs * advantages).mean() - self._entropy_weight() * entropy, entropy.detach()
+
+    def _entropy_weight(self) -> float:
+        """:return: ``ent_coef`` at this point of the training"""
+        return FloatSchedule(self.ent_coef)(self._current_progress_remaining)
 
     @th.no_grad()
     def _advantages(self, rollout: Transitions, hidden: th.Tensor, target_values: th.Tensor) -> th.Tensor:

@@ -166,6 +166,19 @@ def test_the_entropy_bonus_can_fall(progress, weight):
     assert (without - loss).item() == pytest.approx(weight * entropies.mean(), rel=1e-4, abs=1e-6)
 
 
+def test_standardized_advantages():
+    model, (rollout, rows) = exact_tables(normalize_advantage=True), all_transitions()
+    loss, _ = losses_of(model, rollout)
+    values, of_actions = exact_values()
+    advantages = np.array([of_actions[row] - values[row[:2]] for row in rows])
+    probabilities = np.array([PROBABILITIES[row[:2]] if row[2] else 1 - PROBABILITIES[row[:2]] for row in rows])
+    weights = (advantages - advantages.mean()) / advantages.std(ddof=1)
+    assert loss.item() == pytest.approx(-(np.log(probabilities) * weights).mean(), rel=1e-3)
+    # A single transition has no deviation
+    single = Transitions(*[column[:1] for column in rollout])
+    assert losses_of(model, single)[0].item() == losses_of(exact_tables(), single)[0].item() != 0.0
+
+
 def test_advantages_look_ahead_until_the_episode_ends():
     envs = make_vec_env(lambda: gym.wrappers.TimeLimit(ThreeStates(), 4), n_envs=2, seed=0)
     model = OptionCritic(

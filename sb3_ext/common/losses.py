@@ -1,4 +1,4 @@
-"""Losses with their gradients."""
+"""Losses with their gradients, and what they are made of."""
 
 from __future__ import annotations
 
@@ -19,3 +19,11 @@ def huber_loss(q_values: th.Tensor, actions: th.Tensor, target_q_values: th.Tens
     current_q_values = q_values.gather(1, actions)
     slopes = (current_q_values - target_q_values).clamp_(-1.0, 1.0).div_(len(actions))
     return F.smooth_l1_loss(current_q_values, target_q_values), th.zeros_like(q_values).scatter_(1, actions, slopes)
+
+
+def standardized(advantages: th.Tensor) -> th.Tensor:
+    """
+    :param advantages: (n_samples,), of at least 2 samples
+    :return: With mean 0 and standard deviation 1; 0 if all are equal
+    """
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from sb3_ext.common.actor_critic import critic_network, split_parameters
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.flat_parameters import FlatParameters
+from sb3_ext.common.losses import standardized
 from sb3_ext.common.mlp import MLP
 from sb3_ext.common.observations import map_observations
 from sb3_ext.common.rollouts import ActorOnlyRollouts
@@ -211,9 +212,7 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
         :param advantages: (n_samples,)
         :return: With mean 0 and standard deviation 1 if ``normalize_advantage``; 0 if all are equal
         """
-        if not self.normalize_advantage:
-            return advantages
-        return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        return standardized(advantages) if self.normalize_advantage else advantages
 
     def critic_loss(self, observations: PyTorchObs, returns: th.Tensor) -> th.Tensor:
         """

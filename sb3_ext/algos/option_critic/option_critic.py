@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from sb3_ext.algos.option_critic.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, OptionCriticPolicy, Outputs, Step
 from sb3_ext.algos.option_critic.statistics import OptionStatistics
 from sb3_ext.common.arguments import check_range
+from sb3_ext.common.losses import standardized
 from sb3_ext.common.observations import map_observations
 from sb3_ext.common.replay_buffer import default_replay_buffer_class
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
@@ -83,6 +84,7 @@ class OptionCritic(RewardNormalizationMixin):
         >= 0. Larger values give longer options.
     :param gae_lambda: Trade-off of bias and variance in the advantages of the options' policies, in [0, 1]. At 0, as in the
         paper, an action is judged by one step; above, also by those of the rollout that follow
+    :param normalize_advantage: Whether to standardize the advantages of each rollout, if it has two or more transitions
     :param ent_coef: Weight of the entropy of the options' policies, >= 0, or a schedule
     :param detach_heads: Whether the shared layers learn from the values only; otherwise policies and terminations train them,
         too
@@ -128,6 +130,7 @@ class OptionCritic(RewardNormalizationMixin):
         termination_learning_rate: float | Schedule | None = None,
         termination_regularization: float = 0.01,
         gae_lambda: float = 0.0,
+        normalize_advantage: bool = False,
         ent_coef: float | Schedule = 0.01,
         detach_heads: bool = True,
         target_update_interval: int = 200,
@@ -177,6 +180,7 @@ class OptionCritic(RewardNormalizationMixin):
         self.termination_learning_rate = termination_learning_rate
         self.termination_regularization = termination_regularization
         self.gae_lambda = gae_lambda
+        self.normalize_advantage = normalize_advantage
         self.ent_coef = ent_coef
         self.detach_heads = detach_heads
         self.target_update_interval = target_update_interval
@@ -422,6 +426,8 @@ class OptionCritic(RewardNormalizationMixin):
         :return: Loss, and mean entropy of the policies
         """
         advantages = self._advantages(rollout, hidden, target_values)
+        if self.normalize_advantage and len(advantages) > 1:
+            advantages = standardized(advantages)
         log_probs, entropies = self.policy.evaluate_options(hidden, rollout.options.squeeze(1), rollout.actions)
         entropy = entropies.mean()
         return -(log_probs * advantages).mean() - self._entropy_weight() * entropy, entropy.detach()

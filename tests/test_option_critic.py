@@ -627,6 +627,7 @@ def test_healthy_options_are_not_reported():
         ("gae_lambda", -0.5),
         ("termination_regularization", -1.0),
         ("ent_coef", -0.1),
+        ("ent_coef", "auto"),
         ("exploration_final_eps", 2.0),
         ("tau", -0.1),
     ],

@@ -217,7 +217,8 @@ def speed_section(rows: list[Row]) -> str:
             "Updates per second, batches sampled from a filled buffer. Long-lived processes take turns; medians of the rounds "
             "and in brackets the median of the ratios within a round (ours / theirs). The bound is a process that does "
             "nothing but the matrix products and convolutions that one update cannot do without, with torch's default "
-            "routines; our share of it in brackets. It exceeds 1 where oneDNN, which we call for large products, beats those.",
+            "routines; our share of it in brackets. It exceeds 1 where oneDNN, which we call for large products on "
+            "processors with AVX-512, beats those.",
             table([*header, "bound (share)", "GFLOP/s of the bound"], updates),
             "Observations per second when acting on batches of 16:",
             table(header, acts),

@@ -1,4 +1,4 @@
-"""Losses with their gradients, and what they are made of."""
+"""Parts of losses."""
 
 from __future__ import annotations
 

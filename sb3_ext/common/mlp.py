@@ -14,8 +14,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 # On CPU, torch sends Linear layers to MKL. On AMD processors with AVX-512, oneDNN, which torch brings for convolutions, is a
-# little to twice as fast for large products; without AVX-512, MKL is up to a third faster. oneDNN also applies bias and ReLU
-# on the way. The operator is the one that torch.compile uses; without it, all products go to MKL.
+# little to twice as fast for large products; without AVX-512, it is not. oneDNN also applies bias and ReLU on the way.
+# The operator is the one that torch.compile uses; without it, all products go to MKL.
 _has_onednn = th.backends.mkldnn.is_available() and th.backends.cpu.get_cpu_capability() == "AVX512"
 _onednn_linear: Any = getattr(th.ops.mkldnn, "_linear_pointwise", None) if _has_onednn else None
 

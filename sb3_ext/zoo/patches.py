@@ -118,11 +118,13 @@ def read_schedules(exp_manager: Any) -> None:
     def preprocess(hyperparams: dict[str, Any]) -> dict[str, Any]:
         for key in ("actor_learning_rate", "critic_learning_rate", "ent_coef", "target_kl", "termination_learning_rate"):
             value = hyperparams.get(key)
-            if isinstance(value, str) and not (key == "ent_coef" and value.startswith("auto")):
-                # YAML takes 1e-2 for text
-                if not value.startswith("lin_"):
-                    raise ValueError(f"{key} must be a number, such as 0.01 or !!float 1e-2, or lin_0.01, but got {value!r}.")
+            if not isinstance(value, str):
+                continue
+            if value.startswith("lin_"):
                 hyperparams[key] = exp_manager.SimpleLinearSchedule(value.removeprefix("lin_"))
+            # YAML takes 1e-2 for text. SB3's SAC takes text for ent_coef, numbers as well as "auto".
+            elif key != "ent_coef":
+                raise ValueError(f"{key} must be a number, such as 0.01 or !!float 1e-2, or lin_0.01, but got {value!r}.")
         return original(hyperparams)
 
     manager._preprocess_schedules = staticmethod(preprocess)

@@ -4,7 +4,7 @@ import pytest
 import torch as th
 from torch import nn
 
-from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
+from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin, backward
 
 
 class Net(FlatParametersMixin, nn.Module):
@@ -67,6 +67,14 @@ def test_a_loss_reaches_only_these_parameters(net):
 def test_parameters_without_influence_get_a_gradient_of_zero(net):
     net.flat.backward(net.layers[3].bias.sum())
     assert net.flat.tensor.grad.sum() == 2.0
+
+
+def test_several_get_their_gradients_in_one_pass(net):
+    other = FlatParameters(head := nn.Linear(2, 1))
+    expected = th.autograd.grad(head(net(BATCH)).sum(), [net.layers[0].weight, head.weight])
+    backward(head(net(BATCH)).sum(), other, net.flat)
+    for flat, gradient in zip((net.flat, other), expected, strict=True):
+        th.testing.assert_close(flat.gradient_views()[0], gradient)
 
 
 @pytest.mark.parametrize("change", ["load_state_dict", "to", "deepcopy"])

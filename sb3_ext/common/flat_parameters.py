@@ -72,7 +72,6 @@ class FlatParameters:
         self,
         outputs: th.Tensor | Sequence[th.Tensor],
         gradients: Sequence[th.Tensor] | None = None,
-        retain_graph: bool = False,
     ) -> None:
         """
         Compute the gradient of a loss with respect to these parameters, and to no others.
@@ -80,10 +79,8 @@ class FlatParameters:
         :param outputs: The loss, a scalar, or what it is computed from. A parameter that does not matter for them gets a
             gradient of zero.
         :param gradients: Of the loss with respect to each of ``outputs`` (None: they are the loss)
-        :param retain_graph: Whether the graph is needed again
         """
-        grads = th.autograd.grad(outputs, self.params, gradients, retain_graph, allow_unused=True, materialize_grads=True)
-        th.cat([_in_memory_order(grad).reshape(-1) for grad in grads], out=self._gradient())
+        backward(outputs, self, gradients=gradients)
 
     def gradient_views(self) -> list[th.Tensor]:
         """
@@ -187,6 +184,22 @@ class FlatParametersMixin(nn.Module):
             if isinstance(attribute, FlatParameters):
                 attribute.bind()
         return self
+
+
+def backward(
+    outputs: th.Tensor | Sequence[th.Tensor], *flats: FlatParameters, gradients: Sequence[th.Tensor] | None = None
+) -> None:
+    """
+    As :meth:`FlatParameters.backward`, for several of them in one pass through the graph.
+
+    :param outputs: The loss, a scalar, or what it is computed from
+    :param flats: Each gets its gradient
+    :param gradients: Of the loss with respect to each of ``outputs`` (None: they are the loss)
+    """
+    params = list(chain.from_iterable(flat.params for flat in flats))
+    grads = iter(th.autograd.grad(outputs, params, gradients, allow_unused=True, materialize_grads=True))
+    for flat in flats:
+        th.cat([_in_memory_order(next(grads)).reshape(-1) for _ in flat.params], out=flat._gradient())
 
 
 def _in_memory_order(tensor: th.Tensor) -> th.Tensor:

@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from sb3_ext.algos.option_critic.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, OptionCriticPolicy, Outputs, Step
 from sb3_ext.algos.option_critic.statistics import OptionStatistics
 from sb3_ext.common.arguments import check_range
+from sb3_ext.common.flat_parameters import backward
 from sb3_ext.common.losses import standardized
 from sb3_ext.common.observations import map_observations
 from sb3_ext.common.replay_buffer import default_replay_buffer_class
@@ -361,11 +362,9 @@ class OptionCritic(RewardNormalizationMixin):
         actor_loss, entropy = self._actor_loss(rollout, hidden, target_values[n_replayed:])
         termination_loss = self._termination_loss(rollout, next_hidden)
 
-        # All gradients before the first step, because all belong to the present parameters
-        is_shared = not self.detach_heads
-        policy.flat_actor.backward(actor_loss, retain_graph=is_shared)
-        policy.flat_termination.backward(termination_loss, retain_graph=is_shared)
-        policy.flat_critic.backward(critic_loss + actor_loss + termination_loss if is_shared else critic_loss)
+        # Each of the heads has a part in a single loss only, and the shared layers in all of them, unless detached
+        total = critic_loss + actor_loss + termination_loss
+        backward(total, policy.flat_actor, policy.flat_termination, policy.flat_critic)
         policy.flat_actor.step(policy.actor_optimizer, self.max_grad_norm)
         policy.flat_termination.step(policy.termination_optimizer, self.max_grad_norm)
         policy.flat_critic.step(policy.critic_optimizer, self.max_grad_norm)

@@ -350,7 +350,10 @@ def cartpole(**kwargs):
     return OptionCritic("MlpPolicy", make_vec_env("CartPole-v1", seed=0), **{**settings, **kwargs})
 
 
-@pytest.mark.parametrize("policy_kwargs", [{"net_arch": []}, {"net_arch": [8, 7]}, {"activation_fn": th.nn.Tanh}])
+@pytest.mark.parametrize(
+    "policy_kwargs",
+    [{"net_arch": []}, {"net_arch": [8, 7]}, {"activation_fn": th.nn.Tanh}, {"net_arch": [], "head_arch": [8, 7]}],
+)
 @pytest.mark.parametrize("env", ["CartPole-v1", "Pendulum-v1"])
 def test_networks_in_numpy(policy_kwargs, env):
     model = OptionCritic("MlpPolicy", env, n_options=3, buffer_size=10, policy_kwargs=policy_kwargs, seed=0, device="cpu")

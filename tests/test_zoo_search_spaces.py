@@ -38,6 +38,13 @@ def test_bcq_tunes_the_constraint_of_the_kind_of_action():
     assert "perturbation_scale" in sample(study.ask(), 3, 1, {})
 
 
+def test_option_critic_tunes_shared_layers_and_separate_networks():
+    sample = resolve_name("sb3_ext.zoo.search_spaces:sample_option_critic_params")
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [sample(study.ask(), 0, 1, {})["policy_kwargs"] for _ in range(20)]
+    assert {(bool(kwargs["net_arch"]), bool(kwargs.get("head_arch"))) for kwargs in drawn} == {(True, False), (False, True)}
+
+
 # What the zoo takes out of an entry before it calls the constructor
 ZOO_KEYS = {"n_timesteps", "n_envs", "normalize", "env_wrapper", "frame_stack"}
 ENVIRONMENTS = {

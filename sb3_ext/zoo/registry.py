@@ -73,7 +73,7 @@ ALGORITHMS = (
         "option_critic",
         "sb3_ext.algos.option_critic:OptionCritic",
         "sb3_ext.zoo.search_spaces:sample_option_critic_params",
-        "rl_zoo3.hyperparams_opt:convert_offpolicy_params",
+        "sb3_ext.zoo.search_spaces:convert_option_critic_params",
         "sb3_ext.algos.option_critic.plot:pictures",
     ),
     Algorithm(

@@ -104,12 +104,13 @@ def sample_option_critic_params(
     # Display true values
     trial.set_user_attr("gamma", 1 - one_minus_gamma)
     trial.set_user_attr("batch_size", 2**batch_size_pow)
-    return convert_offpolicy_params(
+    return convert_option_critic_params(
         {
             "one_minus_gamma": one_minus_gamma,
             "batch_size_pow": batch_size_pow,
             "learning_rate": trial.suggest_float("learning_rate", 1e-5, 0.005, log=True),
-            "train_freq": trial.suggest_int("train_freq", 1, 10),
+            "train_freq": trial.suggest_int("train_freq", 1, 128, log=True),
+            "subsample_steps": trial.suggest_int("subsample_steps", 1, 8),
             "target_update_interval": trial.suggest_int("target_update_interval", 100, 5000, log=True),
             "exploration_final_eps": trial.suggest_float("exploration_final_eps", 0.0, 0.2),
             "n_options": trial.suggest_int("n_options", 2, 8),
@@ -119,8 +120,22 @@ def sample_option_critic_params(
             "normalize_advantage": trial.suggest_categorical("normalize_advantage", [False, True]),
             "ent_coef": trial.suggest_float("ent_coef", 0.0001, 0.1, log=True),
             "net_arch": trial.suggest_categorical("net_arch", ["small", "medium"]),
+            "activation_fn": trial.suggest_categorical("activation_fn", ["tanh", "relu"]),
+            "shares_layers": trial.suggest_categorical("shares_layers", [False, True]),
         }
     )
+
+
+def convert_option_critic_params(sampled_params: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param sampled_params: Stored parameters of a trial of ``sample_option_critic_params``
+    :return: Keyword arguments of OptionCritic
+    """
+    hyperparams = convert_offpolicy_params(sampled_params)
+    policy_kwargs = hyperparams["policy_kwargs"]
+    if not hyperparams.pop("shares_layers"):
+        policy_kwargs["net_arch"], policy_kwargs["head_arch"] = [], policy_kwargs["net_arch"]
+    return hyperparams
 
 
 def sample_sac_discrete_params(

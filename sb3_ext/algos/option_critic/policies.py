@@ -18,6 +18,7 @@ from stable_baselines3.common.torch_layers import (
     CombinedExtractor,
     FlattenExtractor,
     NatureCNN,
+    create_mlp,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
@@ -69,6 +70,7 @@ class OptionValues(PreprocessingMixin, BaseModel):
     :param net_arch: Shared layers
     :param features_dim: Number of features
     :param activation_fn: Activation function
+    :param head_arch: Hidden layers of the values
     :param head_bias: Whether the values have biases
     :param kwargs: Arguments of ``BaseModel``: spaces, features extractor, whether images are normalized
     """
@@ -79,6 +81,7 @@ class OptionValues(PreprocessingMixin, BaseModel):
         net_arch: list[int],
         features_dim: int,
         activation_fn: type[nn.Module],
+        head_arch: list[int],
         head_bias: bool,
         **kwargs: Any,
     ) -> None:
@@ -87,7 +90,7 @@ class OptionValues(PreprocessingMixin, BaseModel):
         self.hidden_dim = net_arch[-1] if net_arch else features_dim
         if net_arch:
             self.trunk = nn.Sequential(mlp(features_dim, net_arch[-1], net_arch[:-1], activation_fn), activation_fn())
-        self.values = _head(self.hidden_dim, n_options, head_bias)
+        self.values = _head(self.hidden_dim, n_options, head_arch, activation_fn, head_bias)
 
     def hidden(self, obs: PyTorchObs) -> th.Tensor:
         """
@@ -119,7 +122,9 @@ class OptionCriticPolicy(FlatPolicy):
     :param activation_fn: Activation function
     :param temperature: The preferences for Discrete actions are divided by it, > 0
     :param log_std_init: Initial logarithm of the standard deviations of Box actions, in units of half the action range
-    :param head_bias: Whether the heads have biases. Without them and without shared layers, one-hot observations give tables.
+    :param head_arch: Hidden layers of each head: of the values, of the terminations, and of the actions (None: none). All
+        options share them.
+    :param head_bias: Whether the heads have biases. Without them and without layers, one-hot observations give tables.
     :param features_extractor_class: Features extractor to use
     :param features_extractor_kwargs: Keyword arguments to pass to the features extractor
     :param normalize_images: Whether to normalize images or not, dividing by 255.0
@@ -139,6 +144,7 @@ class OptionCriticPolicy(FlatPolicy):
         activation_fn: type[nn.Module] = nn.ReLU,
         temperature: float = 1.0,
         log_std_init: float = 0.0,
+        head_arch: list[int] | None = None,
         head_bias: bool = True,
         features_extractor_class: type[BaseFeaturesExtractor] = FlattenExtractor,
         features_extractor_kwargs: dict[str, Any] | None = None,
@@ -168,6 +174,7 @@ class OptionCriticPolicy(FlatPolicy):
         self.n_options = n_options
         self.temperature = temperature
         self.log_std_init = log_std_init
+        self.head_arch = head_arch or []
         self.head_bias = head_bias
         is_box = isinstance(action_space, spaces.Box)
         self.action_dim = get_action_dim(action_space) if is_box else int(action_space.n)  # type: ignore[union-attr]
@@ -178,12 +185,14 @@ class OptionCriticPolicy(FlatPolicy):
 
     def _build(self, lr_schedule: Schedule) -> None:
         net_kwargs = self._update_features_extractor(self._net_kwargs())
-        self.critic = OptionValues(self.n_options, self.net_arch, head_bias=self.head_bias, **net_kwargs)
+        self.critic = OptionValues(
+            self.n_options, self.net_arch, head_arch=self.head_arch, head_bias=self.head_bias, **net_kwargs
+        )
         self.critic_target = deepcopy(self.critic)
         self.critic_target.requires_grad_(False)
         self.critic_target.set_training_mode(False)
-        self.termination_net = _head(self.critic.hidden_dim, self.n_options, self.head_bias)
-        self.actor = _head(self.critic.hidden_dim, self.n_options * self.action_dim, self.head_bias)
+        self.termination_net = self._head(self.n_options)
+        self.actor = self._head(self.n_options * self.action_dim)
         self.log_std = None
         if isinstance(self.action_space, spaces.Box):
             self.log_std = nn.Parameter(th.full((self.n_options, self.action_dim), self.log_std_init))
@@ -194,6 +203,9 @@ class OptionCriticPolicy(FlatPolicy):
         self.critic_optimizer = self.make_optimizer(self.flat_critic, lr_schedule)
         self.termination_optimizer = self.make_optimizer(self.flat_termination, lr_schedule)
         self.actor_optimizer = self.make_optimizer(self.flat_actor, lr_schedule)
+
+    def _head(self, output_dim: int) -> MLP:
+        return _head(self.critic.hidden_dim, output_dim, self.head_arch, self.activation_fn, self.head_bias)
 
     def terminations(self, hidden: th.Tensor) -> th.Tensor:
         """
@@ -381,17 +393,19 @@ class OptionCriticPolicy(FlatPolicy):
             "n_options": self.n_options,
             "temperature": self.temperature,
             "log_std_init": self.log_std_init,
+            "head_arch": self.head_arch,
             "head_bias": self.head_bias,
         }
 
 
-def _head(input_dim: int, output_dim: int, bias: bool) -> MLP:
-    linear = nn.Linear(input_dim, output_dim, bias)
+def _head(input_dim: int, output_dim: int, head_arch: list[int], activation_fn: type[nn.Module], bias: bool) -> MLP:
+    head = MLP(*create_mlp(input_dim, output_dim, head_arch, activation_fn, with_bias=bias))
     # Nearly zero, as the last layer of SB3's policies: options begin undecided
-    nn.init.orthogonal_(linear.weight, gain=0.01)
+    last = cast(nn.Linear, head[-1])
+    nn.init.orthogonal_(last.weight, gain=0.01)
     if bias:
-        nn.init.zeros_(linear.bias)
-    return MLP(linear)
+        nn.init.zeros_(last.bias)
+    return head
 
 
 MlpPolicy = OptionCriticPolicy

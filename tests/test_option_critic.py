@@ -368,6 +368,24 @@ def test_networks_in_numpy(policy_kwargs, env):
     assert other.policy.outputs_in_numpy(1) is None
 
 
+def test_separate_networks_stay_apart_and_are_saved(tmp_path):
+    model = cartpole(policy_kwargs={"net_arch": [], "head_arch": [8, 7]}, detach_heads=False, learning_starts=10)
+    model.learn(100)
+    # Updates of the values leave actions and terminations as they are
+    before = model.policy.outputs(th.ones(1, 4))
+    model._update_values(model.replay_buffer.sample(8))
+    after = model.policy.outputs(th.ones(1, 4))
+    np.testing.assert_array_equal(after.actions, before.actions)
+    np.testing.assert_array_equal(after.terminations, before.terminations)
+    assert (after.values != before.values).all()
+
+    model.save(tmp_path / "model")
+    loaded = OptionCritic.load(tmp_path / "model", device="cpu")
+    assert loaded.policy.head_arch == [8, 7]
+    for expected, actual in zip(after, loaded.policy.outputs(th.ones(1, 4)), strict=True):
+        np.testing.assert_array_equal(actual, expected)
+
+
 def test_draws_have_the_distribution_of_the_option():
     model = tables(policy_kwargs={"net_arch": [], "head_bias": False, "temperature": 0.5})
     states, n = np.eye(3, dtype=np.float32), 20_000

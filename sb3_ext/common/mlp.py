@@ -184,15 +184,18 @@ def suits_numpy(n_rows: int, parameters: Iterable[th.Tensor]) -> bool:
     return 0 < n_rows * sum(sizes) <= _MAX_NUMPY_PRODUCT
 
 
-def mlp(input_dim: int, output_dim: int, net_arch: list[int], activation_fn: type[nn.Module] = nn.ReLU) -> MLP:
+def mlp(
+    input_dim: int, output_dim: int, net_arch: list[int], activation_fn: type[nn.Module] = nn.ReLU, with_bias: bool = True
+) -> MLP:
     """
     :param input_dim: Size of the input
     :param output_dim: Size of the output
     :param net_arch: Sizes of the hidden layers
     :param activation_fn: Activation function of the hidden layers
+    :param with_bias: Whether the layers have biases
     :return: SB3's ``create_mlp`` as an :class:`MLP`
     """
-    return MLP(*create_mlp(input_dim, output_dim, net_arch, activation_fn))
+    return MLP(*create_mlp(input_dim, output_dim, net_arch, activation_fn, with_bias=with_bias))
 
 
 class Activation(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from functools import partial
 from itertools import chain
 from typing import Any, NamedTuple, cast
 
@@ -18,7 +19,6 @@ from stable_baselines3.common.torch_layers import (
     CombinedExtractor,
     FlattenExtractor,
     NatureCNN,
-    create_mlp,
 )
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
@@ -191,8 +191,9 @@ class OptionCriticPolicy(FlatPolicy):
         self.critic_target = deepcopy(self.critic)
         self.critic_target.requires_grad_(False)
         self.critic_target.set_training_mode(False)
-        self.termination_net = self._head(self.n_options)
-        self.actor = self._head(self.n_options * self.action_dim)
+        head = partial(_head, head_arch=self.head_arch, activation_fn=self.activation_fn, bias=self.head_bias)
+        self.termination_net = head(self.critic.hidden_dim, self.n_options)
+        self.actor = head(self.critic.hidden_dim, self.n_options * self.action_dim)
         self.log_std = None
         if isinstance(self.action_space, spaces.Box):
             self.log_std = nn.Parameter(th.full((self.n_options, self.action_dim), self.log_std_init))
@@ -203,9 +204,6 @@ class OptionCriticPolicy(FlatPolicy):
         self.critic_optimizer = self.make_optimizer(self.flat_critic, lr_schedule)
         self.termination_optimizer = self.make_optimizer(self.flat_termination, lr_schedule)
         self.actor_optimizer = self.make_optimizer(self.flat_actor, lr_schedule)
-
-    def _head(self, output_dim: int) -> MLP:
-        return _head(self.critic.hidden_dim, output_dim, self.head_arch, self.activation_fn, self.head_bias)
 
     def terminations(self, hidden: th.Tensor) -> th.Tensor:
         """
@@ -399,7 +397,7 @@ class OptionCriticPolicy(FlatPolicy):
 
 
 def _head(input_dim: int, output_dim: int, head_arch: list[int], activation_fn: type[nn.Module], bias: bool) -> MLP:
-    head = MLP(*create_mlp(input_dim, output_dim, head_arch, activation_fn, with_bias=bias))
+    head = mlp(input_dim, output_dim, head_arch, activation_fn, with_bias=bias)
     # Nearly zero, as the last layer of SB3's policies: options begin undecided
     last = cast(nn.Linear, head[-1])
     nn.init.orthogonal_(last.weight, gain=0.01)

@@ -11,6 +11,7 @@ import time
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -382,19 +383,54 @@ def test_frame_memory_is_measured():
 
 def test_four_rooms_agents_play_as_many_episodes_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(results, "FOLDER", tmp_path)
-    labels = ["4 options", "SARSA"]
+    labels = ["4 options", "actor-critic", "SARSA"]
     four_rooms.run_missing(labels, range(1, 3), 3)
     rows = results.read(tmp_path / "option_critic.jsonl")
     assert [(row["label"], row["seed"]) for row in rows] == [(label, seed) for label in labels for seed in (1, 2)]
     assert all(len(row["lengths"]) == 3 and all(0 < length <= 1000 for length in row["lengths"]) for row in rows)
     # What is there is not done again, and the same seed does the same
     four_rooms.run_missing(labels, range(1, 3), 3)
-    assert len(results.read(tmp_path / "option_critic.jsonl")) == 4
+    assert len(results.read(tmp_path / "option_critic.jsonl")) == 6
     assert [four_rooms.run(row["label"], row["seed"], 3)["lengths"] for row in rows] == [row["lengths"] for row in rows]
 
 
-def test_sarsa_learns_four_rooms():
-    lengths = four_rooms.sarsa(seed=0, n_episodes=200)
+def test_the_tables_of_the_actor_critic_are_those_of_a_single_option():
+    settings, batches = {**four_rooms.zoo_settings(), "n_timesteps": 400}, []
+    model = four_rooms.make_option_critic(four_rooms.make_env(), 1, 0, settings)
+    policy, sample, train = model.policy, model._sample, model.train
+    values = policy.critic.values[0].weight.data[0].double().numpy()
+    preferences = policy.actor[0].weight.data.T.double().numpy().copy()
+
+    def record(batch_size: int) -> Any:
+        batches.append(sample(batch_size))
+        return batches[-1]
+
+    def as_tables(data: Any, actions: Any) -> Any:
+        states, next_states = data.observations.argmax(dim=1), data.next_observations.argmax(dim=1)
+        columns = [states, actions, data.rewards, next_states, 1 - data.dones]
+        rows = np.zeros(len(actions), four_rooms.TRANSITION)
+        for (name, _), column in zip(four_rooms.TRANSITION, columns, strict=True):
+            rows[name] = column.numpy().ravel()
+        return rows
+
+    def train_both(*args: Any, **kwargs: Any) -> None:
+        rollout = model._latest_rollout()
+        train(*args, **kwargs)
+        (latest,) = as_tables(rollout, rollout.actions)
+        four_rooms.update_tables(values, preferences, latest, as_tables(batches[-1], batches[-1].actions), settings)
+
+    model._sample, model.train = record, train_both
+    model.learn(3000)
+    assert len(batches) == 2900
+    # More than the tables began with: the goal has been found, and its value has spread
+    assert values.max() > 0.5
+    np.testing.assert_allclose(policy.critic.values[0].weight.data[0].numpy(), values, atol=1e-3)
+    np.testing.assert_allclose(policy.actor[0].weight.data.T.numpy(), preferences, atol=1e-3)
+
+
+@pytest.mark.parametrize("agent", [four_rooms.sarsa, four_rooms.actor_critic])
+def test_flat_agents_learn_four_rooms(agent: Any):
+    lengths = agent(seed=0, n_episodes=200)
     assert np.mean(lengths[:10]) > 60 > 40 > np.mean(lengths[150:])
 
 

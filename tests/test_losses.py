@@ -2,7 +2,7 @@ import pytest
 import torch as th
 from torch.nn import functional as F
 
-from sb3_ext.common.losses import huber_loss
+from sb3_ext.common.losses import clipped_surrogate_loss, huber_loss
 
 
 def test_huber_loss_by_hand():
@@ -20,3 +20,13 @@ def test_gradient_of_the_huber_loss_against_autograd():
     loss, gradient = huber_loss(q_values, actions, target)
     th.testing.assert_close(loss, expected.detach())
     th.testing.assert_close(gradient, th.autograd.grad(expected, q_values)[0])
+
+
+def test_clipped_surrogate_loss_by_hand():
+    # Ratios of 1.5 and 0.5, each with an advantage that asks for more of it and with one that asks for less
+    log_probs = th.tensor([1.5, 1.5, 0.5, 0.5]).log().requires_grad_()
+    advantages = th.tensor([2.0, -2.0, 2.0, -2.0])
+    loss = clipped_surrogate_loss(log_probs, th.zeros(4), advantages, 0.2)
+    assert loss.item() == pytest.approx(-(1.2 * 2 - 1.5 * 2 + 0.5 * 2 - 0.8 * 2) / 4)
+    # What has already moved beyond the range in the way that is asked for moves no further
+    th.testing.assert_close(th.autograd.grad(loss, log_probs)[0], th.tensor([0.0, 0.75, -0.25, 0.0]))

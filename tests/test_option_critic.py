@@ -91,7 +91,8 @@ def target_of(model, rollout):
 
 def losses_of(model, rollout):
     """Of policies and terminations."""
-    actor_loss, _ = model._actor_loss(rollout, model.policy.critic.hidden(rollout.observations), target_of(model, rollout))
+    hidden = model.policy.critic.hidden(rollout.observations)
+    actor_loss, *_ = model._actor_loss(rollout, hidden, model._advantages(rollout, hidden, target_of(model, rollout)))
     return actor_loss, model._termination_loss(rollout, model.policy.critic.hidden(rollout.next_observations))
 
 
@@ -177,6 +178,40 @@ def test_standardized_advantages():
     # A single transition has no deviation
     single = Transitions(*[column[:1] for column in rollout])
     assert losses_of(model, single)[0].item() == losses_of(exact_tables(), single)[0].item() != 0.0
+
+
+def test_several_steps_on_a_rollout_against_finite_differences():
+    settings = {"net_arch": [], "head_bias": False, "optimizer_class": th.optim.SGD}
+    model = exact_tables(
+        n_epochs=3, clip_range=LinearSchedule(0.2, 0.0, 1.0), ent_coef=0.01, learning_rate=2.0, policy_kwargs=settings
+    )
+    model._current_progress_remaining = 0.5
+    rollout, rows = all_transitions()
+    values, of_actions = exact_values()
+    states, options, actions = np.array(rows).T
+    advantages = np.array([of_actions[row] - values[row[:2]] for row in rows])
+
+    def objective(weights, old=None):
+        logits = weights.reshape(2, 2, 3).transpose(2, 0, 1)
+        log_probs = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+        entropy = -(np.exp(log_probs) * log_probs).sum(axis=-1)[states, options].mean()
+        log_probs = log_probs[states, options, actions]
+        gain = log_probs * advantages
+        if old is not None:
+            ratio = np.exp(log_probs - old)
+            gain = np.minimum(ratio * advantages, ratio.clip(0.9, 1.1) * advantages)
+        return gain.mean() + 0.01 * entropy, log_probs
+
+    weights = model.policy.actor[0].weight.detach().double().numpy().ravel()
+    model._update_all(rollout._replace(actions=rollout.options), rollout)
+    _, old = objective(weights)
+    for epoch in range(3):
+        compared_with, gradient = (None if epoch == 0 else old), np.zeros_like(weights)
+        for index, unit in enumerate(1e-6 * np.eye(len(weights))):
+            above, below = objective(weights + unit, compared_with)[0], objective(weights - unit, compared_with)[0]
+            gradient[index] = (above - below) / 2e-6
+        weights = weights + 2.0 * gradient
+    np.testing.assert_allclose(model.policy.actor[0].weight.detach().numpy().ravel(), weights, atol=1e-4)
 
 
 def test_advantages_look_ahead_until_the_episode_ends():

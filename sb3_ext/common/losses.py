@@ -27,3 +27,19 @@ def standardized(advantages: th.Tensor) -> th.Tensor:
     :return: With mean 0 and standard deviation 1; 0 if all are equal
     """
     return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+
+
+def clipped_surrogate_loss(
+    log_probs: th.Tensor, old_log_probs: th.Tensor, advantages: th.Tensor, clip_range: float
+) -> th.Tensor:
+    """
+    Loss of PPO (Schulman et al. 2017: "Proximal Policy Optimization Algorithms", equation 7, arXiv:1707.06347).
+
+    :param log_probs: Logarithms of the probabilities or densities of the actions, (n_samples,)
+    :param old_log_probs: Those of the policy that drew the actions, (n_samples,)
+    :param advantages: (n_samples,)
+    :param clip_range: How far from 1 the ratio of both counts, >= 0
+    :return: Negative mean of the clipped objective
+    """
+    ratio = (log_probs - old_log_probs).exp()
+    return -th.min(ratio * advantages, ratio.clamp(1.0 - clip_range, 1.0 + clip_range) * advantages).mean()

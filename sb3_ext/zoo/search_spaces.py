@@ -118,6 +118,7 @@ def sample_option_critic_params(
             "termination_learning_rate": trial.suggest_float("termination_learning_rate", 1e-5, 1e-3, log=True),
             "gae_lambda": trial.suggest_categorical("gae_lambda", [0.0, 0.8, 0.95]),
             "normalize_advantage": trial.suggest_categorical("normalize_advantage", [False, True]),
+            "n_epochs": trial.suggest_categorical("n_epochs", [1, 5, 10]),
             "ent_coef": trial.suggest_float("ent_coef", 0.0001, 0.1, log=True),
             "net_arch": trial.suggest_categorical("net_arch", ["small", "medium"]),
             "activation_fn": trial.suggest_categorical("activation_fn", ["tanh", "relu"]),

@@ -24,7 +24,7 @@ from sb3_ext.algos.option_critic.policies import CnnPolicy, MlpPolicy, MultiInpu
 from sb3_ext.algos.option_critic.statistics import OptionStatistics
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.flat_parameters import backward
-from sb3_ext.common.losses import standardized
+from sb3_ext.common.losses import clipped_surrogate_loss, standardized
 from sb3_ext.common.observations import map_observations
 from sb3_ext.common.replay_buffer import default_replay_buffer_class
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
@@ -86,6 +86,9 @@ class OptionCritic(RewardNormalizationMixin):
     :param gae_lambda: Trade-off of bias and variance in the advantages of the options' policies, in [0, 1]. At 0, as in the
         paper, an action is judged by one step; above, also by those of the rollout that follow
     :param normalize_advantage: Whether to standardize the advantages of each rollout, if it has two or more transitions
+    :param n_epochs: Steps of the options' policies on each rollout, >= 1. From the second on, they have the clipped objective
+        of PPO, and leave the shared layers alone.
+    :param clip_range: How far from 1 the ratio of new to old probabilities counts in it, >= 0, or a schedule
     :param ent_coef: Weight of the entropy of the options' policies, >= 0, or a schedule
     :param detach_heads: Whether the shared layers learn from the values only; otherwise policies and terminations train them,
         too
@@ -132,6 +135,8 @@ class OptionCritic(RewardNormalizationMixin):
         termination_regularization: float = 0.01,
         gae_lambda: float = 0.0,
         normalize_advantage: bool = False,
+        n_epochs: int = 1,
+        clip_range: float | Schedule = 0.2,
         ent_coef: float | Schedule = 0.01,
         detach_heads: bool = True,
         target_update_interval: int = 200,
@@ -182,6 +187,8 @@ class OptionCritic(RewardNormalizationMixin):
         self.termination_regularization = termination_regularization
         self.gae_lambda = gae_lambda
         self.normalize_advantage = normalize_advantage
+        self.n_epochs = n_epochs
+        self.clip_range = clip_range
         self.ent_coef = ent_coef
         self.detach_heads = detach_heads
         self.target_update_interval = target_update_interval
@@ -200,10 +207,10 @@ class OptionCritic(RewardNormalizationMixin):
             raise ValueError(f"{type(self).__name__} supports Box and Discrete action spaces, but got {self.action_space}.")
         check_range(self, 0, 1, "tau", "gamma", "gae_lambda")
         check_range(self, 0, 1, "exploration_fraction", "exploration_initial_eps", "exploration_final_eps")
-        check_range(self, 1, float("inf"), "buffer_size", "batch_size", "n_options", "target_update_interval")
+        check_range(self, 1, float("inf"), "buffer_size", "batch_size", "n_options", "n_epochs", "target_update_interval")
         check_range(self, 0, float("inf"), "termination_regularization", "max_grad_norm")
-        if not callable(self.ent_coef):
-            check_range(self, 0, float("inf"), "ent_coef")
+        numbers = [name for name in ("ent_coef", "clip_range") if not callable(getattr(self, name))]
+        check_range(self, 0, float("inf"), *numbers)
 
     def _setup_model(self) -> None:
         self._check_arguments()
@@ -298,7 +305,7 @@ class OptionCritic(RewardNormalizationMixin):
 
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")
-        self.logger.record("train/ent_coef", self._entropy_weight())
+        self.logger.record("train/ent_coef", self._now(self.ent_coef))
         losses["critic_loss"] = th.stack([*critic_losses, losses["critic_loss"]]).mean()
         for name, loss in losses.items():
             value = loss.item()
@@ -312,8 +319,8 @@ class OptionCritic(RewardNormalizationMixin):
         self._update_learning_rate(self.policy.critic_optimizer)
         for name in ("actor", "termination"):
             learning_rate = getattr(self, f"{name}_learning_rate")
-            schedule = self.lr_schedule if learning_rate is None else FloatSchedule(learning_rate)
-            update_learning_rate(getattr(self.policy, f"{name}_optimizer"), schedule(self._current_progress_remaining))
+            now = self._now(self.lr_schedule if learning_rate is None else learning_rate)
+            update_learning_rate(getattr(self.policy, f"{name}_optimizer"), now)
 
     def _sample(self, batch_size: int) -> ReplayBufferSamples:
         assert self.replay_buffer is not None
@@ -359,7 +366,8 @@ class OptionCritic(RewardNormalizationMixin):
         with th.set_grad_enabled(not self.detach_heads):
             hidden = policy.critic.hidden(rollout.observations)
             next_hidden = next_hidden[n_replayed:] if self.detach_heads else policy.critic.hidden(rollout.next_observations)
-        actor_loss, entropy = self._actor_loss(rollout, hidden, target_values[n_replayed:])
+        advantages = self._advantages(rollout, hidden, target_values[n_replayed:])
+        actor_loss, log_probs, entropy = self._actor_loss(rollout, hidden, advantages)
         termination_loss = self._termination_loss(rollout, next_hidden)
 
         # Each of the heads has a part in a single loss only, and the shared layers in all of them, unless detached
@@ -368,6 +376,8 @@ class OptionCritic(RewardNormalizationMixin):
         policy.flat_actor.step(policy.actor_optimizer, self.max_grad_norm)
         policy.flat_termination.step(policy.termination_optimizer, self.max_grad_norm)
         policy.flat_critic.step(policy.critic_optimizer, self.max_grad_norm)
+        if self.n_epochs > 1:
+            self._go_on_improving(rollout, advantages, log_probs.detach())
         losses = {"critic_loss": critic_loss, "actor_loss": actor_loss, "termination_loss": termination_loss}
         return {**{name: loss.detach() for name, loss in losses.items()}, "entropy": entropy}
 
@@ -415,25 +425,44 @@ class OptionCritic(RewardNormalizationMixin):
         """
         return 0.5 * F.mse_loss(self.policy.critic(observations).gather(1, options), target_values)
 
-    def _actor_loss(self, rollout: Transitions, hidden: th.Tensor, target_values: th.Tensor) -> tuple[th.Tensor, th.Tensor]:
+    def _actor_loss(
+        self, rollout: Transitions, hidden: th.Tensor, advantages: th.Tensor
+    ) -> tuple[th.Tensor, th.Tensor, th.Tensor]:
         """
         Intra-option policy gradient (Bacon et al. 2017, theorem 1) with the option's value as baseline. Actions are constants.
 
         :param rollout: The latest transitions
         :param hidden: What the heads see, (batch, hidden_dim)
-        :param target_values: (batch, 1)
-        :return: Loss, and mean entropy of the policies
+        :param advantages: (batch,)
+        :return: Loss, logarithms of the actions' probabilities or densities, (batch,), and mean entropy of the policies
         """
-        advantages = self._advantages(rollout, hidden, target_values)
-        if self.normalize_advantage and len(advantages) > 1:
-            advantages = standardized(advantages)
         log_probs, entropies = self.policy.evaluate_options(hidden, rollout.options.squeeze(1), rollout.actions)
         entropy = entropies.mean()
-        return -(log_probs * advantages).mean() - self._entropy_weight() * entropy, entropy.detach()
+        loss = -(log_probs * advantages).mean() - self._now(self.ent_coef) * entropy
+        return loss, log_probs, entropy.detach()
 
-    def _entropy_weight(self) -> float:
-        """:return: ``ent_coef`` at this point of the training"""
-        return FloatSchedule(self.ent_coef)(self._current_progress_remaining)
+    def _go_on_improving(self, rollout: Transitions, advantages: th.Tensor, old_log_probs: th.Tensor) -> None:
+        """
+        The steps of the options' policies on this rollout after the first one, within the clipping range around the policies
+        that made it (Klissarov et al. 2017, "Learnings Options End-to-End for Continuous Action Tasks",
+        https://arxiv.org/abs/1712.00004).
+
+        :param rollout: The latest transitions
+        :param advantages: (batch,)
+        :param old_log_probs: Logarithms of the actions' probabilities or densities before the first step, (batch,)
+        """
+        clip_range, ent_coef = self._now(self.clip_range), self._now(self.ent_coef)
+        with th.no_grad():
+            hidden = self.policy.critic.hidden(rollout.observations)
+        for _ in range(self.n_epochs - 1):
+            log_probs, entropies = self.policy.evaluate_options(hidden, rollout.options.squeeze(1), rollout.actions)
+            loss = clipped_surrogate_loss(log_probs, old_log_probs, advantages, clip_range)
+            loss -= ent_coef * entropies.mean()
+            self.policy.flat_actor.minimize(loss, self.policy.actor_optimizer, self.max_grad_norm)
+
+    def _now(self, schedule: float | Schedule) -> float:
+        """:return: its value at this point of the training"""
+        return FloatSchedule(schedule)(self._current_progress_remaining)
 
     @th.no_grad()
     def _advantages(self, rollout: Transitions, hidden: th.Tensor, target_values: th.Tensor) -> th.Tensor:
@@ -452,7 +481,8 @@ class OptionCritic(RewardNormalizationMixin):
             decays = self.gamma * self.gae_lambda * (1.0 - rollout.ends).view(-1, self.n_envs)
             for step in reversed(range(len(by_step) - 1)):
                 by_step[step] += decays[step] * by_step[step + 1]
-        return advantages.squeeze(1)
+        is_standardized = self.normalize_advantage and len(advantages) > 1
+        return standardized(advantages.squeeze(1)) if is_standardized else advantages.squeeze(1)
 
     def _termination_loss(self, rollout: Transitions, next_hidden: th.Tensor) -> th.Tensor:
         """

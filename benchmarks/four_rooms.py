@@ -17,8 +17,8 @@ PAGE, N_EPISODES, GOAL_MOVES_AFTER = "option_critic", 2000, 1000
 # Episodes whose mean lengths are in the table
 WINDOWS = ((900, 1000), (1000, 1020), (1020, 1100), (1100, 1300), (1900, 2000))
 TRANSITION = [("state", int), ("action", int), ("reward", float), ("next", int), ("goes_on", float)]
-# Default of Option-Critic
-MAX_GRAD_NORM = 10.0
+# Defaults of Option-Critic
+GAMMA, LEARNING_STARTS, MAX_GRAD_NORM = 0.99, 100, 10.0
 
 
 def make_env() -> Any:
@@ -79,7 +79,7 @@ def actor_critic(seed: int, n_episodes: int) -> list[int]:
     :param n_episodes: Number of episodes
     :return: The lengths of the episodes
     """
-    settings, learning_starts = zoo_settings(), 100
+    settings = zoo_settings()
     env, rng, lengths, n_steps = make_env(), np.random.default_rng(seed), [], 0
     values = np.zeros(env.observation_space.shape[0])
     preferences = np.zeros((len(values), int(env.action_space.n)))
@@ -94,7 +94,7 @@ def actor_critic(seed: int, n_episodes: int) -> list[int]:
             latest = n_steps % len(replay)
             replay[latest] = state, action, reward, obs.argmax(), not terminated
             n_steps, length, is_over = n_steps + 1, length + 1, terminated or truncated
-            if n_steps > learning_starts:
+            if n_steps > LEARNING_STARTS:
                 batch = replay[rng.integers(min(n_steps, len(replay)), size=settings["batch_size"])]
                 update_tables(values, preferences, replay[latest], batch, settings)
             state = int(obs.argmax())
@@ -114,10 +114,10 @@ def update_tables(
     :param batch: Of type ``TRANSITION``, (batch,)
     :param settings: Of Option-Critic
     """
-    state, gamma = latest["state"], 0.99
+    state = latest["state"]
     probabilities = softmax(preferences[state], settings)
-    advantage = latest["reward"] + gamma * latest["goes_on"] * values[latest["next"]] - values[state]
-    errors = batch["reward"] + gamma * batch["goes_on"] * values[batch["next"]] - values[batch["state"]]
+    advantage = latest["reward"] + GAMMA * latest["goes_on"] * values[latest["next"]] - values[state]
+    errors = batch["reward"] + GAMMA * batch["goes_on"] * values[batch["next"]] - values[batch["state"]]
     logs = np.log(np.maximum(probabilities, np.finfo(float).tiny))
     of_entropy = -probabilities * (logs - probabilities @ logs)
     of_log_prob = (np.arange(len(probabilities)) == latest["action"]) - probabilities

@@ -395,7 +395,7 @@ def test_four_rooms_agents_play_as_many_episodes_as_asked(tmp_path: Path, monkey
 
 
 def test_the_tables_of_the_actor_critic_are_those_of_a_single_option():
-    settings, batches = {**four_rooms.zoo_settings(), "n_timesteps": 400}, []
+    settings, batches = four_rooms.zoo_settings(), []
     model = four_rooms.make_option_critic(four_rooms.make_env(), 1, 0, settings)
     policy, sample, train = model.policy, model._sample, model.train
     values = policy.critic.values[0].weight.data[0].double().numpy()

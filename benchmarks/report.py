@@ -119,6 +119,22 @@ def option_lines(curves: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     return [introduction, table(["", "entropy of usage", "duration"], lines)] if lines else []
 
 
+def soft_value_lines(curves: dict[tuple[Any, ...], list[Row]]) -> list[str]:
+    """:return: a table of what the agents expect beside what follows, and of their entropy, of those that have values of it"""
+    keys, lines = ("value", "soft_return", "entropy", "entropy_deviation"), []
+    for (label,), rows in curves.items():
+        measured = [row["soft_values"] for row in rows if "soft_values" in row]
+        means = [statistics.mean(one[key] for one in measured) for key in keys if measured]
+        if measured:
+            lines.append([label, *(f"{mean:.2f}" for mean in means)])
+    introduction = (
+        "What the agents expect of their actions (smaller value of the critics), and the discounted rewards and entropy "
+        "bonuses that then follow; the entropy of the policy in the second half of the training, in nats, and by how much it "
+        "moves about (standard deviation). Means over the seeds, rewards as in the training."
+    )
+    return [introduction, table(["", "value", "what follows", "entropy", "deviation"], lines)] if lines else []
+
+
 def plot(curves: dict[tuple[Any, ...], list[Row]], title: str, path: Path) -> None:
     """
     Learning curves: interquartile means over seeds with 95 % bootstrap intervals, and the mean returns of the data.
@@ -179,6 +195,7 @@ def returns_section(title: str, rows: list[Row], figure: Path) -> str:
             "mean with its 95 % bootstrap interval.",
             table(header, lines),
             *option_lines(curves),
+            *soft_value_lines(curves),
             *data_lines(rows),
             # From docs/results as well as from a page of docs/algos that includes this one
             f"![Learning curves: {title}](../results/{figure.name})",

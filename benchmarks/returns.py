@@ -21,12 +21,14 @@ from benchmarks import data, results
 from benchmarks.options import use_of_options
 from benchmarks.peers import DEFAULT_FOLDER, RemoteAgent, Worker
 from benchmarks.results import Row
+from benchmarks.soft_values import bias_of_values, entropy_in_training
 from benchmarks.workers import CONTENDERS, ONLINE_CONTENDERS
 
 # Far from the seeds of training, and the same for everyone: all agents start from the same states
 EVALUATION_SEED = 1_000_000
 N_EVALUATION_ENVS = 10
 CURVE_EPISODES = 5
+TENSORBOARD = "tensorboard"
 
 
 @dataclass(frozen=True)
@@ -143,6 +145,7 @@ def training_command(run: Run, logs: str) -> list[str]:
     command += ["-f", logs, "--eval-freq", str(max(run.timesteps() // run.n_evaluations, 1))]
     command += ["--eval-episodes", str(CURVE_EPISODES), "--n-eval-envs", str(CURVE_EPISODES)]
     command += ["-n", str(run.n_timesteps)] if run.n_timesteps else []
+    command += ["--tensorboard-log", str(Path(logs, TENSORBOARD))] if run.algo == "sac_discrete" else []
     for option in ("--env-kwargs", "--eval-env-kwargs"):
         command += [option, *run.env_kwargs] if run.env_kwargs else []
     return command + (["-params", *run.all_params()] if run.all_params() else [])
@@ -156,6 +159,7 @@ def _zoo(run: Run) -> Row:
         curve = np.load(log / "evaluations.npz")
         final = _evaluate(*trained_agent(run, log), run.n_episodes)
         use = use_of_options(*trained_agent(run, log)) if run.algo == "option_critic" else None
+        soft = _soft_values(run, log) if run.algo == "sac_discrete" else None
     dataset = run.hyperparameters().get("dataset")
     return {
         "command": shlex.join(["python", *training_command(run, "logs")]),
@@ -164,9 +168,21 @@ def _zoo(run: Run) -> Row:
         "eval_returns": results.rounded(curve["results"]),
         "final_returns": final,
         **({"options": use} if use else {}),
+        **({"soft_values": soft} if soft else {}),
         "data": _description(run, dataset) if isinstance(dataset, str) else None,
         **results.stamp(),
     }
+
+
+def _soft_values(run: Run, log: Path) -> Row:
+    from stable_baselines3.common.vec_env import VecNormalize, unwrap_vec_normalize
+
+    model, env = trained_agent(run, log)
+    normalize = unwrap_vec_normalize(env)
+    if normalize is not None:
+        saved = VecNormalize.load(str(log / log.name.removesuffix("_1") / "vecnormalize.pkl"), normalize.venv)
+        normalize.norm_reward = saved.norm_reward
+    return {**bias_of_values(model, env), **entropy_in_training(log.parents[1] / TENSORBOARD)}
 
 
 def train(run: Run, folder: str) -> Path:

@@ -38,8 +38,9 @@ from benchmarks.returns import (
     trained_agent,
     training_command,
 )
+from benchmarks.soft_values import bias_of_values, soft_returns
 from benchmarks.speed import measure_on_policy, paired_ratio, race
-from sb3_ext import OptionCritic
+from sb3_ext import OptionCritic, SACDiscrete
 
 RUN = Run("study", "bcq", "zoo", "bcq", "CartPole-v1", 1)
 
@@ -560,3 +561,46 @@ def test_updates_that_are_timed_on_a_gpu():
     model, batch = gpu.make_model("cpu", net_arch=[4], features_extractor_kwargs={"n_filters": 1, "features_dim": 2})
     gpu.two_updates(model, batch)
     assert model._n_updates == 2
+
+
+def test_soft_returns_by_hand():
+    # One environment: a step that terminates, a step cut by a time limit, and one that the arrays cut
+    returns, unseen = soft_returns(
+        rewards=np.array([[1.0], [2.0], [4.0], [8.0]]),
+        bonuses=np.array([[0.5], [0.25], [0.125], [1.0]]),
+        terminated=np.array([[False], [True], [False], [False]]),
+        done=np.array([[False], [True], [True], [False]]),
+        gamma=0.5,
+    )
+    np.testing.assert_allclose(returns[:, 0], [1 + 0.5 * (0.25 + 2), 2, 4, 8])
+    np.testing.assert_allclose(unseen[:, 0], [0, 0, 0.5, 0.5])
+
+
+def test_bias_of_values_is_that_of_the_critics():
+    env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
+    model = SACDiscrete("MlpPolicy", env, gamma=0.5, ent_coef=2.0, policy_kwargs={"net_arch": []}, seed=0, device="cpu")
+    # Chance acts, so that the bonus is 2 log 2 a step, and with this discount the end of an episode is nearly never in sight
+    for network, bias in zip([*model.policy.actor.networks, *model.policy.critic.networks], (0.0, 5.0, 3.0), strict=True):
+        with th.no_grad():
+            network[0].weight.zero_()
+            network[0].bias[:] = bias
+    measured = bias_of_values(model, env, 1000)
+    assert measured["value"] == 3.0
+    assert measured["soft_return"] == pytest.approx(2 + 2 * math.log(2), abs=0.3)
+
+
+def test_rows_of_sac_discrete_tell_its_values_and_entropy():
+    run = replace(RUN, algo="sac_discrete", params=("learning_starts:50", "gamma:0.5"), dataset=None, n_timesteps=400)
+    soft = execute(run)["soft_values"]
+    assert 0 < soft["entropy"] <= math.log(2) + 1e-3 and soft["entropy_deviation"] >= 0
+    assert np.isfinite([soft["value"], soft["soft_return"]]).all()
+
+
+def test_report_of_soft_values(tmp_path: Path):
+    pytest.importorskip("rliable")
+    runs = [replace(RUN, seed=seed) for seed in (1, 2)]
+    soft = [{"value": v, "soft_return": 2 * v, "entropy": 0.5, "entropy_deviation": 0.1} for v in (1.0, 2.0)]
+    rows = [{**returns_row(run), "soft_values": one} for run, one in zip(runs, soft, strict=True)]
+    path = tmp_path / "q_learning.jsonl"
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    assert "| bcq | 1.50 | 3.00 | 0.50 | 0.10 |" in write(path, tmp_path / "docs").read_text()

@@ -1,6 +1,8 @@
 """Double and Dueling Double DQN against hand-computed numbers, float64 loops, and SB3's DQN."""
 
 import copy
+import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -357,9 +359,14 @@ def test_time_limits_are_bootstrapped():
 
 
 @pytest.mark.parametrize("algo", [DDQN, DuelingDDQN])
-def test_n_step_returns(algo):
+def test_n_step_returns(algo, tmp_path: Path):
     model = cartpole(algo, n_steps=3).learn(100)
     assert model.replay_buffer.sample(8).discounts.min() == pytest.approx(0.99**3)
+    model.save(tmp_path / "agent")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = algo.load(tmp_path / "agent", env=model.get_env(), device="cpu")
+    assert loaded.learn(100).replay_buffer.sample(8).discounts.min() == pytest.approx(0.99**3)
 
 
 @pytest.mark.parametrize("algo", [DDQN, DuelingDDQN])

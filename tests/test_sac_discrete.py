@@ -2,6 +2,8 @@
 
 import copy
 import math
+import warnings
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -309,9 +311,14 @@ def test_actions_that_do_not_start_at_zero():
     assert model.predict(np.ones(1, np.float32), deterministic=True)[0] == 3
 
 
-def test_n_step_returns():
+def test_n_step_returns(tmp_path: Path):
     model = cartpole(n_steps=3).learn(100)
     assert model.replay_buffer.sample(8).discounts.min() == pytest.approx(0.99**3)
+    model.save(tmp_path / "agent")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = SACDiscrete.load(tmp_path / "agent", env=model.get_env(), device="cpu")
+    assert loaded.learn(100).replay_buffer.sample(8).discounts.min() == pytest.approx(0.99**3)
 
 
 def test_learns_cartpole():

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
@@ -59,6 +60,19 @@ def default_replay_buffer_class(observation_space: spaces.Space, n_steps: int) -
     :return: What to use where the user has not chosen, or None where SB3 chooses another kind of buffer
     """
     return None if isinstance(observation_space, spaces.Dict) or n_steps > 1 else FastReplayBuffer
+
+
+def choose_replay_buffer_class(model: OffPolicyAlgorithm) -> None:
+    """
+    To be called before SB3 sets up the model.
+
+    :param model: Whose ``replay_buffer_class`` becomes the default one, unless the user has chosen another
+    """
+    if model.replay_buffer_class is NStepReplayBuffer and model.replay_buffer_kwargs.get("n_steps") == model.n_steps:
+        # Loaded: it was SB3's own choice, but SB3 would warn that it ignores n_steps
+        model.replay_buffer_class = None
+    if model.replay_buffer_class is None:
+        model.replay_buffer_class = default_replay_buffer_class(model.observation_space, model.n_steps)
 
 
 def split_batch(replay_data: ReplayBufferSamples, batch_size: int) -> Iterator[ReplayBufferSamples]:

@@ -15,7 +15,7 @@ from sb3_ext.algos.ddqn.policies import CnnPolicy, DDQNPolicy, MlpPolicy, MultiI
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.losses import huber_loss
 from sb3_ext.common.q_network import QNetwork
-from sb3_ext.common.replay_buffer import default_replay_buffer_class, split_batch
+from sb3_ext.common.replay_buffer import choose_replay_buffer_class, split_batch
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
 SelfDDQN = TypeVar("SelfDDQN", bound="DDQN")
@@ -141,8 +141,7 @@ class DDQN(RewardNormalizationMixin, DQN):
             self._setup_model()
 
     def _setup_model(self) -> None:
-        if self.replay_buffer_class is None:
-            self.replay_buffer_class = default_replay_buffer_class(self.observation_space, self.n_steps)
+        choose_replay_buffer_class(self)
         super()._setup_model()
 
     def _check_numbers(self) -> None:

@@ -14,7 +14,7 @@ from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 from sb3_ext.algos.sac_discrete.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SACDiscretePolicy
 from sb3_ext.common.adam import SingleTensorAdam
 from sb3_ext.common.arguments import check_range
-from sb3_ext.common.replay_buffer import default_replay_buffer_class
+from sb3_ext.common.replay_buffer import choose_replay_buffer_class
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
 SelfSACDiscrete = TypeVar("SelfSACDiscrete", bound="SACDiscrete")
@@ -147,8 +147,7 @@ class SACDiscrete(RewardNormalizationMixin):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        if self.replay_buffer_class is None:
-            self.replay_buffer_class = default_replay_buffer_class(self.observation_space, self.n_steps)
+        choose_replay_buffer_class(self)
         super()._setup_model()
         self.batch_norm_stats = get_parameters_by_name(self.policy.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.policy.critic_target, ["running_"])

@@ -146,17 +146,17 @@ def test_samples_are_copies():
 
 
 def test_short_episodes_give_up_the_oldest_transitions_only():
-    # Two frames for each transition, and room for 103 + 5
+    # Five frames for each transition, and room for 105 + 5
     stream = Stream(np.random.default_rng(0), 1, 4, 1, 1, "black")
     buffer, _ = both_buffers(100, 1, 4, 1, 1)
     for _ in range(100):
         buffer.add(*stream.step())
-    assert buffer._frames.n_given_up(100, buffer.pos) == 100 - 54
+    assert buffer._frames.n_given_up(100, buffer.pos) == 100 - 22
     np.random.seed(0)
     drawn = []
     buffer._get_samples = lambda rows, env=None: drawn.extend(rows)
     buffer.sample(5000)
-    assert set(drawn) == set(range(46, 100))
+    assert set(drawn) == set(range(78, 100))
 
 
 def test_memory_of_a_million_atari_transitions():

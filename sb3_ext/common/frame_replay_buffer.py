@@ -12,20 +12,18 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
-# Frames beyond one for each transition: an episode has one more than it has transitions
-_SPARE_FRAMES = 0.03
+# Frames beyond one for each transition: an episode has a stack more than it has transitions
+_SPARE_FRAMES = 0.05
 
 
 class FrameReplayBuffer(NStepReplayBuffer):
     """
     Replay buffer for frame-stacked images, with the samples of SB3's in an eighth of the memory (for stacks of 4).
 
-    Of each stack only the newest frame is stored, and the stack is rebuilt when it is sampled. What a stack shows before the
-    first frame of an episode, zeros (``VecFrameStack``) or copies of that frame (gymnasium's ``FrameStackObservation``), is
-    restored. Nothing is assumed about when episodes begin and end: where a stack does not continue the one before it, it is
-    stored anew.
+    Of each stack only the newest frame is stored, and the stack is rebuilt when it is sampled. Nothing is assumed about when
+    episodes begin and end: where a stack does not continue the one before it, all of its frames are stored.
 
-    Frames for 1.03 times ``buffer_size`` are kept. Where episodes are so short that this is not enough, the oldest
+    Frames for 1.05 times ``buffer_size`` are kept. Where episodes are so short that this is not enough, the oldest
     transitions are given up a little earlier.
 
     It can be the ``replay_buffer_class`` of any off-policy algorithm. n-step returns are set here, not in the algorithm:
@@ -178,20 +176,17 @@ class _Frames:
         self.n_stack, self.stack_shape = n_stack, stack_shape
         self.n_channels = stack_shape[0] // n_stack
         self.n_slots = int((1.0 + _SPARE_FRAMES) * n_rows) + n_stack + 1
-        # The last slot stays black
+        # Behind the ring its first slots once more, so that what a transition shows always lies in one piece
         frame_shape = (self.n_channels, *stack_shape[1:])
-        self.slots = np.zeros((n_envs, self.n_slots + 1, *frame_shape), np.uint8)
-        # Of each row: number of the observation's newest frame, how many older frames its stack has, and whether what is older
-        # than these is black or the first of them
+        self.slots = np.zeros((n_envs, self.n_slots + n_stack, *frame_shape), np.uint8)
+        # Of each row: number of the observation's newest frame
         self.newest = np.zeros((n_rows, n_envs), np.int64)
-        self.n_older = np.zeros((n_rows, n_envs), np.int8)
-        self.is_black_before = np.zeros((n_rows, n_envs), bool)
         self.n_frames = np.zeros(n_envs, np.int64)
         self.last_stacks: np.ndarray | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.slots.nbytes + self.newest.nbytes + self.n_older.nbytes + self.is_black_before.nbytes
+        return self.slots.nbytes + self.newest.nbytes
 
     def begin(self, row: int, stacks: np.ndarray) -> None:
         """
@@ -199,23 +194,11 @@ class _Frames:
         :param stacks: Its observations, (n_envs, ...)
         """
         for env, stack in enumerate(stacks):
-            previous = (row - 1) % len(self.newest)
-            if self.last_stacks is not None and np.array_equal(stack, self.last_stacks[env]):
-                self.n_older[row, env] = min(self.n_older[previous, env] + 1, self.n_stack - 1)
-                self.is_black_before[row, env] = self.is_black_before[previous, env]
-            else:
-                self._begin_episode(row, env, stack)
-            self.newest[row, env] = self.n_frames[env] - 1
+            if self.last_stacks is None or not np.array_equal(stack, self.last_stacks[env]):
+                for frame in self._split(stack):
+                    self._push(env, frame)
+        self.newest[row] = self.n_frames - 1
         self.last_stacks = stacks
-
-    def _begin_episode(self, row: int, env: int, stack: np.ndarray) -> None:
-        frames = self._split(stack)
-        is_black = not frames[:-1].any()
-        is_repeated = bool((frames[:-1] == frames[-1]).all())
-        self.is_black_before[row, env] = is_black
-        self.n_older[row, env] = 0 if is_black or is_repeated else self.n_stack - 1
-        for frame in frames[self.n_stack - 1 - self.n_older[row, env] :]:
-            self._push(env, frame)
 
     def append(self, stacks: np.ndarray) -> None:
         """
@@ -237,7 +220,10 @@ class _Frames:
         return stack.reshape(self.n_stack, self.n_channels, *self.stack_shape[1:])
 
     def _push(self, env: int, frame: np.ndarray) -> None:
-        self.slots[env, self.n_frames[env] % self.n_slots] = frame
+        slot = self.n_frames[env] % self.n_slots
+        self.slots[env, slot] = frame
+        if slot < self.n_stack:
+            self.slots[env, self.n_slots + slot] = frame
         self.n_frames[env] += 1
 
     def n_given_up(self, n_rows: int, pos: int) -> int:
@@ -246,11 +232,11 @@ class _Frames:
         :param pos: The next row to be filled
         :return: How many of the oldest of them have a frame that is no longer there
         """
-        oldest_frame = self.n_frames - self.n_slots
+        oldest_newest = self.n_frames - self.n_slots + self.n_stack - 1
 
         def is_lost(index: int) -> bool:
             row = (pos - n_rows + index) % len(self.newest)
-            return bool((self.newest[row] - self.n_older[row] < oldest_frame).any())
+            return bool((self.newest[row] < oldest_newest).any())
 
         # Frames are numbered in the order of the rows. As a rule, all of them are there.
         return bisect.bisect_left(range(n_rows), True, key=lambda index: not is_lost(index)) if is_lost(0) else 0
@@ -263,27 +249,10 @@ class _Frames:
         :param newest: The same for the newest wanted frame; -1 is that of the next observation
         :return: (batch, (oldest - newest + 1) * channels, height, width)
         """
-        n_wanted, n_older, offsets = oldest - newest + 1, self.n_older[rows, envs], envs * (self.n_slots + 1)
-        # As a rule they lie one after the other, and one copy of all of them takes less time than one copy of each
-        starts = (self.newest[rows, envs] - oldest) % self.n_slots
-        is_apart = (n_older < oldest) | (starts > self.n_slots - n_wanted)
+        n_wanted, (n_envs, n_slots) = oldest - newest + 1, self.slots.shape[:2]
+        starts = (self.newest[rows, envs] - oldest) % self.n_slots + envs * n_slots
+        # One copy of all frames of a transition takes less time than one copy of each
         n_bytes = self.slots[0, 0].size
-        shape = (self.slots.shape[0] * self.slots.shape[1] - n_wanted + 1, n_wanted * n_bytes)
-        stacks: np.ndarray = np.ndarray(shape, np.uint8, self.slots, strides=(n_bytes, 1))
-        batch = stacks[np.where(is_apart, 0, starts + offsets)].reshape(len(rows), -1, *self.stack_shape[1:])
-        if is_apart.any():
-            one_by_one = self._slots(rows[is_apart], envs[is_apart], np.arange(oldest, newest - 1, -1))
-            batch[is_apart] = self.slots[envs[is_apart, None], one_by_one].reshape(-1, *batch.shape[1:])
-        return batch
-
-    def _slots(self, rows: np.ndarray, envs: np.ndarray, ages: np.ndarray) -> np.ndarray:
-        """
-        :param rows: Rows of the buffer, (batch,)
-        :param envs: Environments, (batch,)
-        :param ages: How many frames older than the newest one of the observation, (n_ages,)
-        :return: Where these frames are, or what stands for them before an episode's first, (batch, n_ages)
-        """
-        n_older = self.n_older[rows, envs, None]
-        slots = (self.newest[rows, envs, None] - np.minimum(ages, n_older)) % self.n_slots
-        slots[(ages > n_older) & self.is_black_before[rows, envs, None]] = self.n_slots
-        return slots
+        shape = (n_envs * n_slots - n_wanted + 1, n_wanted * n_bytes)
+        pieces: np.ndarray = np.ndarray(shape, np.uint8, self.slots, strides=(n_bytes, 1))
+        return pieces[starts].reshape(len(rows), -1, *self.stack_shape[1:])

@@ -1,6 +1,7 @@
 """The frame memory against SB3's buffers, filled from the same stream."""
 
 import copy
+from functools import partial
 
 import gymnasium as gym
 import numpy as np
@@ -12,8 +13,7 @@ from hypothesis import strategies as st
 from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
-from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import VecFrameStack, VecTransposeImage
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecTransposeImage
 
 from sb3_ext import DDQN, DuelingDDQN, FrameReplayBuffer
 
@@ -146,17 +146,17 @@ def test_samples_are_copies():
 
 
 def test_short_episodes_give_up_the_oldest_transitions_only():
-    # Five frames for each transition, and room for 105 + 5
+    # Five frames for each transition, and room for 103 + 5
     stream = Stream(np.random.default_rng(0), 1, 4, 1, 1, "black")
     buffer, _ = both_buffers(100, 1, 4, 1, 1)
     for _ in range(100):
         buffer.add(*stream.step())
-    assert buffer._frames.n_given_up(100, buffer.pos) == 100 - 22
+    assert buffer._frames.n_given_up(100, buffer.pos) == 100 - 21
     np.random.seed(0)
     drawn = []
     buffer._get_samples = lambda rows, env=None: drawn.extend(rows)
     buffer.sample(5000)
-    assert set(drawn) == set(range(78, 100))
+    assert set(drawn) == set(range(79, 100))
 
 
 def test_memory_of_a_million_atari_transitions():
@@ -166,8 +166,12 @@ def test_memory_of_a_million_atari_transitions():
     assert buffer.nbytes < 7.5e9
 
 
-def frames_env():
-    """Images of 40 x 40 in episodes that end in both ways."""
+def frames_env(length):
+    """
+    Images of 40 x 40.
+
+    :param length: Of an episode; what is left of it after 70 steps is cut
+    """
 
     class Frames(gym.Env):
         observation_space = spaces.Box(0, 255, (40, 40, 1), np.uint8)
@@ -178,30 +182,33 @@ def frames_env():
 
         def reset(self, *, seed=None, options=None):
             super().reset(seed=seed)
+            self.steps_left = length
             return self._frame(), {}
 
         def step(self, action):
-            return self._frame(), float(action), bool(self.np_random.random() < 0.01), False, {}
+            self.steps_left -= 1
+            return self._frame(), float(action), self.steps_left == 0, False, {}
 
     # Long enough that no transition has to be given up, and so the draws are the same
-    return gym.wrappers.TimeLimit(Frames(), 60)
+    return gym.wrappers.TimeLimit(Frames(), 70)
 
 
 @pytest.mark.parametrize("algo", [DQN, QRDQN, DDQN, DuelingDDQN])
 @pytest.mark.parametrize("n_steps", [1, 3])
 def test_training_is_the_same_as_with_a_plain_buffer(algo, n_steps, tmp_path):
     def train(**kwargs):
-        env = VecTransposeImage(VecFrameStack(make_vec_env(frames_env, n_envs=2, seed=0), 3))
+        env = VecTransposeImage(VecFrameStack(DummyVecEnv([partial(frames_env, 68), partial(frames_env, 100)]), 3))
         model = algo(
-            "CnnPolicy", env, buffer_size=100, learning_starts=20, batch_size=8, train_freq=4, seed=0, device="cpu", **kwargs
+            "CnnPolicy", env, buffer_size=134, learning_starts=20, batch_size=8, train_freq=4, seed=0, device="cpu", **kwargs
         )
-        return model.learn(140)
+        return model.learn(320)
 
     plain = train(n_steps=n_steps)
     ours = train(
         replay_buffer_class=FrameReplayBuffer, replay_buffer_kwargs={"n_stack": 3, "n_steps": n_steps, "gamma": plain.gamma}
     )
     assert ours.replay_buffer.full and ours._n_updates > 5
+    assert 0 < ours.replay_buffer.timeouts.sum() < ours.replay_buffer.dones.sum()
     for name, value in plain.policy.state_dict().items():
         th.testing.assert_close(ours.policy.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 

@@ -13,7 +13,7 @@ from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
 # Frames beyond one for each transition: an episode has a stack more than it has transitions
-_SPARE_FRAMES = 0.05
+_SPARE_FRAMES = 0.03
 
 
 class FrameReplayBuffer(NStepReplayBuffer):
@@ -23,7 +23,7 @@ class FrameReplayBuffer(NStepReplayBuffer):
     Of each stack only the newest frame is stored, and the stack is rebuilt when it is sampled. Nothing is assumed about when
     episodes begin and end: where a stack does not continue the one before it, all of its frames are stored.
 
-    Frames for 1.05 times ``buffer_size`` are kept. Where episodes are so short that this is not enough, the oldest
+    Frames for 1.03 times ``buffer_size`` are kept. Where episodes are so short that this is not enough, the oldest
     transitions are given up a little earlier.
 
     It can be the ``replay_buffer_class`` of any off-policy algorithm. n-step returns are set here, not in the algorithm:

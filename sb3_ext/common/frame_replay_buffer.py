@@ -232,11 +232,11 @@ class _Frames:
         :param pos: The next row to be filled
         :return: How many of the oldest of them have a frame that is no longer there
         """
-        oldest_newest = self.n_frames - self.n_slots + self.n_stack - 1
+        first_whole_stack = self.n_frames - self.n_slots + self.n_stack - 1
 
         def is_lost(index: int) -> bool:
             row = (pos - n_rows + index) % len(self.newest)
-            return bool((self.newest[row] < oldest_newest).any())
+            return bool((self.newest[row] < first_whole_stack).any())
 
         # Frames are numbered in the order of the rows. As a rule, all of them are there.
         return bisect.bisect_left(range(n_rows), True, key=lambda index: not is_lost(index)) if is_lost(0) else 0

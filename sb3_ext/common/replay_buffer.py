@@ -68,8 +68,9 @@ def choose_replay_buffer_class(model: OffPolicyAlgorithm) -> None:
 
     :param model: Whose ``replay_buffer_class`` becomes the default one, unless the user has chosen another
     """
-    if model.replay_buffer_class is NStepReplayBuffer and model.replay_buffer_kwargs.get("n_steps") == model.n_steps:
-        # Loaded: it was SB3's own choice, but SB3 would warn that it ignores n_steps
+    chosen_by_sb3 = {"n_steps": model.n_steps, "gamma": model.gamma}
+    if model.replay_buffer_class is NStepReplayBuffer and model.replay_buffer_kwargs.items() >= chosen_by_sb3.items():
+        # Loaded: SB3 would take its own choice for the user's, and warn that it ignores n_steps
         model.replay_buffer_class = None
     if model.replay_buffer_class is None:
         model.replay_buffer_class = default_replay_buffer_class(model.observation_space, model.n_steps)

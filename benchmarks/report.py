@@ -124,13 +124,13 @@ def soft_value_lines(curves: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     keys, lines = ("value", "soft_return", "entropy", "entropy_deviation"), []
     for (label,), rows in curves.items():
         measured = [row["soft_values"] for row in rows if "soft_values" in row]
-        means = [statistics.mean(one[key] for one in measured) for key in keys if measured]
+        columns = [[one[key] for one in measured if key in one] for key in keys]
         if measured:
-            lines.append([label, *(f"{mean:.2f}" for mean in means)])
+            lines.append([label, *(f"{statistics.mean(column):.2f}" if column else "" for column in columns)])
     introduction = (
-        "What the agents expect of their actions (smaller value of the critics), and the discounted rewards and entropy "
-        "bonuses that then follow; the entropy of the policy in the second half of the training, in nats, and by how much it "
-        "moves about (standard deviation). Means over the seeds, rewards as in the training."
+        "What the agents expect of their actions (smaller value of the critics), and the discounted rewards that then follow "
+        "with the entropy bonuses that their targets contain; the entropy of the policy in the second half of the training, "
+        "in nats, and by how much it moves about (standard deviation). Means over the seeds, rewards as in the training."
     )
     return [introduction, table(["", "value", "what follows", "entropy", "deviation"], lines)] if lines else []
 

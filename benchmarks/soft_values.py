@@ -22,8 +22,9 @@ def bias_of_values(model: "SACDiscrete", env: Any, n_steps: int = N_STEPS) -> Ro
     :param model: Trained
     :param env: Vectorized environment, seeded, whose rewards are those of the training
     :param n_steps: Steps, summed over the environments
-    :return: ``value``, what the agent expects of the actions it takes, and ``soft_return``, the discounted rewards and entropy
-        bonuses that follow, both as means over the steps whose return is known but for a hundredth (NaN if there is none)
+    :return: ``value``, what the agent expects of the actions it takes, and ``soft_return``, the discounted rewards that follow
+        and the entropy bonuses that the targets contain, both as means over the steps whose return is known but for a
+        hundredth (NaN if there is none)
     """
     import torch as th
     from stable_baselines3.common.utils import obs_as_tensor
@@ -49,14 +50,14 @@ def bias_of_values(model: "SACDiscrete", env: Any, n_steps: int = N_STEPS) -> Ro
     env.close()
     arrays = {name: np.array(column) for name, column in columns.items()}
     values = arrays.pop("values")
-    returns, unseen = soft_returns(**arrays, gamma=model.gamma)
+    returns, unseen = soft_returns(**arrays, gamma=model.gamma, n_steps=model.n_steps)
     known = unseen <= UNSEEN
     means = {"value": values[known], "soft_return": returns[known]}
     return {name: round(float(of.mean()), 3) if len(of) else float("nan") for name, of in means.items()}
 
 
 def soft_returns(
-    rewards: np.ndarray, bonuses: np.ndarray, terminated: np.ndarray, done: np.ndarray, gamma: float
+    rewards: np.ndarray, bonuses: np.ndarray, terminated: np.ndarray, done: np.ndarray, gamma: float, n_steps: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """
     :param rewards: (steps, environments), as the other arrays
@@ -64,15 +65,21 @@ def soft_returns(
     :param terminated: Whether the step ended its episode, other than by a time limit
     :param done: Whether the step ended its episode
     :param gamma: Discount factor
+    :param n_steps: Of the targets, which have the bonus of every ``n_steps``-th state only
     :return: The discounted sum of what follows each action, without the bonus of its own state, as the critics learn it; and
         the discount of what was not seen, because of a time limit or the end of the arrays
     """
     returns, unseen = np.zeros(rewards.shape), np.zeros(rewards.shape)
-    following, beyond = np.zeros(rewards.shape[1]), np.ones(rewards.shape[1])
+    rewarded, beyond = np.zeros(rewards.shape[1]), np.ones(rewards.shape[1])
+    bonuses_from = np.zeros((len(rewards) + n_steps, rewards.shape[1]))
+    left = np.full(rewards.shape[1], np.inf)
     for step in reversed(range(len(rewards))):
-        returns[step] = rewards[step] + gamma * np.where(done[step], 0.0, following)
-        unseen[step] = gamma * np.where(done[step], ~terminated[step], beyond)
-        following, beyond = bonuses[step] + returns[step], unseen[step]
+        left = np.where(done[step], 1, left + 1)
+        rewarded = rewards[step] + gamma * np.where(done[step], 0.0, rewarded)
+        bonus = np.where(left > n_steps, gamma**n_steps * bonuses_from[step + n_steps], 0.0)
+        bonuses_from[step] = bonuses[step] + bonus
+        returns[step] = rewarded + bonus
+        unseen[step] = beyond = gamma * np.where(done[step], ~terminated[step], beyond)
     return returns, unseen
 
 

@@ -563,22 +563,35 @@ def test_updates_that_are_timed_on_a_gpu():
     assert model._n_updates == 2
 
 
-def test_soft_returns_by_hand():
-    # One environment: a step that terminates, a step cut by a time limit, and one that the arrays cut
+@pytest.mark.parametrize(
+    ("n_steps", "expected"),
+    [
+        (1, [1 + 0.5 * (0.25 + 2 + 0.5 * (2 + 16)), 2 + 0.5 * (2 + 16), 16, 4, 8]),
+        # The bonus of every second state only
+        (2, [1 + 0.5 * (2 + 0.5 * (2 + 16)), 2 + 0.5 * 16, 16, 4, 8]),
+        (3, [1 + 0.5 * (2 + 0.5 * 16), 2 + 0.5 * 16, 16, 4, 8]),
+    ],
+)
+def test_soft_returns_by_hand(n_steps: int, expected: list[float]):
+    # One environment: three steps, the last of which terminates, a step cut by a time limit, and one that the arrays cut
     returns, unseen = soft_returns(
-        rewards=np.array([[1.0], [2.0], [4.0], [8.0]]),
-        bonuses=np.array([[0.5], [0.25], [0.125], [1.0]]),
-        terminated=np.array([[False], [True], [False], [False]]),
-        done=np.array([[False], [True], [True], [False]]),
+        rewards=np.array([[1.0], [2.0], [16.0], [4.0], [8.0]]),
+        bonuses=np.array([[0.5], [0.25], [2.0], [0.125], [1.0]]),
+        terminated=np.array([[False], [False], [True], [False], [False]]),
+        done=np.array([[False], [False], [True], [True], [False]]),
         gamma=0.5,
+        n_steps=n_steps,
     )
-    np.testing.assert_allclose(returns[:, 0], [1 + 0.5 * (0.25 + 2), 2, 4, 8])
-    np.testing.assert_allclose(unseen[:, 0], [0, 0, 0.5, 0.5])
+    np.testing.assert_allclose(returns[:, 0], expected)
+    np.testing.assert_allclose(unseen[:, 0], [0, 0, 0, 0.5, 0.5])
 
 
-def test_bias_of_values_is_that_of_the_critics():
+@pytest.mark.parametrize(("n_steps", "bonuses"), [(1, 1.0), (2, 1 / 3)])
+def test_bias_of_values_is_that_of_the_critics(n_steps: int, bonuses: float):
     env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
-    model = SACDiscrete("MlpPolicy", env, gamma=0.5, ent_coef=2.0, policy_kwargs={"net_arch": []}, seed=0, device="cpu")
+    model = SACDiscrete(
+        "MlpPolicy", env, gamma=0.5, n_steps=n_steps, ent_coef=2.0, policy_kwargs={"net_arch": []}, seed=0, device="cpu"
+    )
     # Chance acts, so that the bonus is 2 log 2 a step, and with this discount the end of an episode is nearly never in sight
     for network, bias in zip([*model.policy.actor.networks, *model.policy.critic.networks], (0.0, 5.0, 3.0), strict=True):
         with th.no_grad():
@@ -586,7 +599,7 @@ def test_bias_of_values_is_that_of_the_critics():
             network[0].bias[:] = bias
     measured = bias_of_values(model, env, 1000)
     assert measured["value"] == 3.0
-    assert measured["soft_return"] == pytest.approx(2 + 2 * math.log(2), abs=0.3)
+    assert measured["soft_return"] == pytest.approx(2 + bonuses * 2 * math.log(2), abs=0.3)
 
 
 def test_rows_of_sac_discrete_tell_its_values_and_entropy():
@@ -601,6 +614,9 @@ def test_report_of_soft_values(tmp_path: Path):
     runs = [replace(RUN, seed=seed) for seed in (1, 2)]
     soft = [{"value": v, "soft_return": 2 * v, "entropy": 0.5, "entropy_deviation": 0.1} for v in (1.0, 2.0)]
     rows = [{**returns_row(run), "soft_values": one} for run, one in zip(runs, soft, strict=True)]
+    # Of this one only the entropy is known
+    rows.append({**returns_row(replace(RUN, label="other")), "soft_values": {"entropy": 0.5, "entropy_deviation": 0.1}})
     path = tmp_path / "q_learning.jsonl"
     path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    assert "| bcq | 1.50 | 3.00 | 0.50 | 0.10 |" in write(path, tmp_path / "docs").read_text()
+    page = write(path, tmp_path / "docs").read_text()
+    assert "| bcq | 1.50 | 3.00 | 0.50 | 0.10 |" in page and "| other |  |  | 0.50 | 0.10 |" in page

@@ -41,7 +41,7 @@ class SACDiscrete(RewardNormalizationMixin):
     :param replay_buffer_class: Replay buffer class to use (None: chosen by the observation space and ``n_steps``)
     :param replay_buffer_kwargs: Keyword arguments of the replay buffer
     :param optimize_memory_usage: SB3's memory-efficient variant of the replay buffer
-    :param n_steps: Steps of the return in the target, >= 1
+    :param n_steps: Steps of the return in the target, >= 1. Rewards count in all of them, entropy only in the last state
     :param ent_coef: Entropy coefficient, >= 0; "auto" learns it, "auto_0.1" from this initial value
     :param target_update_interval: Update the target critics in every so many updates, >= 1
     :param target_entropy: Entropy in nats that the learned coefficient aims at, > 0, or "auto"

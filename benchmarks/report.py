@@ -130,7 +130,8 @@ def soft_value_lines(curves: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     introduction = (
         "What the agents expect of their actions (smaller value of the critics), and the discounted rewards that then follow "
         "with the entropy bonuses that their targets contain; the entropy of the policy in the second half of the training, "
-        "in nats, and by how much it moves about (standard deviation). Means over the seeds, rewards as in the training."
+        "in nats, and by how much it moves about (standard deviation). Means over the seeds of which they are known, "
+        "rewards as in the training."
     )
     return [introduction, table(["", "value", "what follows", "entropy", "deviation"], lines)] if lines else []
 

@@ -109,7 +109,7 @@ def test_same_contents_as_a_plain_buffer(seed, n_rows, n_steps_taken, n_envs, n_
     assert (ours.size(), ours.pos, ours.full) == (plain.size(), plain.pos, plain.full)
     n_given_up = ours._frames.n_given_up(ours.size(), ours.pos)
     # Every frame is there that there is room for: one at each step, and those that episodes begin with
-    assert n_given_up == 0 or ours._frames.n_frames.max() > ours._frames.n_slots
+    assert n_given_up == 0 or max(ours._frames.n_frames) > ours._frames.n_slots
     rows = np.arange(n_given_up, ours.size()) + (ours.pos if ours.full else 0)
     if len(rows):
         assert_same_samples(ours, plain, rows % n_rows, seed=seed)

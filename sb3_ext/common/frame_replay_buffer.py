@@ -12,6 +12,8 @@ from stable_baselines3.common.preprocessing import is_image_space, is_image_spac
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 
+from sb3_ext.common.replay_buffer import take_rows
+
 # Frames beyond one for each transition: an episode has a stack more than it has transitions
 _SPARE_FRAMES = 0.03
 
@@ -110,16 +112,18 @@ class FrameReplayBuffer(NStepReplayBuffer):
             return super()._get_samples(batch_inds, env)
         # As SB3's ReplayBuffer, but the frames that a stack and the next one share are read once. For one environment, numpy
         # would draw nothing.
-        n = len(batch_inds)
-        envs = np.random.randint(0, high=self.n_envs, size=n) if self.n_envs > 1 else np.zeros(n, np.intp)
-        stacks_and_next_frame = self._frames.read(batch_inds, envs, oldest=self.n_stack - 1, newest=-1)
+        rows, envs = batch_inds, np.zeros(1, np.intp)
+        if self.n_envs > 1:
+            envs = np.random.randint(0, high=self.n_envs, size=len(batch_inds))
+            rows = batch_inds * self.n_envs + envs
+        stacks_and_next_frame = self._frames.read(rows, envs, oldest=self.n_stack - 1, newest=-1)
         n_channels = self._frames.n_channels
         data = (
             self._normalize_obs(stacks_and_next_frame[:, :-n_channels], env),
-            self.actions[batch_inds, envs],
+            take_rows(self.actions, rows),
             self._normalize_obs(stacks_and_next_frame[:, n_channels:], env),
-            (self.dones[batch_inds, envs] * (1 - self.timeouts[batch_inds, envs]))[:, None],
-            self._normalize_reward(self.rewards[batch_inds, envs][:, None], env),
+            (take_rows(self.dones, rows) * (1 - take_rows(self.timeouts, rows)))[:, None],
+            self._normalize_reward(take_rows(self.rewards, rows)[:, None], env),
         )
         return ReplayBufferSamples(*map(self.to_torch, data))
 
@@ -154,8 +158,10 @@ class _Stacks:
             self._frames.begin(row, stacks)
 
     def __getitem__(self, index: tuple[np.ndarray, np.ndarray]) -> np.ndarray:
+        rows, envs = index
         newest = -1 if self._is_next else 0
-        return self._frames.read(*index, oldest=newest + self._frames.n_stack - 1, newest=newest)
+        oldest = newest + self._frames.n_stack - 1
+        return self._frames.read(rows * self._frames.n_envs + envs, envs, oldest, newest)
 
     @property
     def nbytes(self) -> int:
@@ -173,7 +179,7 @@ class _Frames:
     """
 
     def __init__(self, n_rows: int, n_envs: int, n_stack: int, stack_shape: tuple[int, ...]) -> None:
-        self.n_stack, self.stack_shape = n_stack, stack_shape
+        self.n_envs, self.n_stack, self.stack_shape = n_envs, n_stack, stack_shape
         self.n_channels = stack_shape[0] // n_stack
         self.n_slots = int((1.0 + _SPARE_FRAMES) * n_rows) + n_stack + 1
         # Behind the ring its first slots once more, so that what a transition shows always lies in one piece
@@ -181,7 +187,8 @@ class _Frames:
         self.slots = np.zeros((n_envs, self.n_slots + n_stack, *frame_shape), np.uint8)
         # Of each row: number of the observation's newest frame
         self.newest = np.zeros((n_rows, n_envs), np.int64)
-        self.n_frames = np.zeros(n_envs, np.int64)
+        # Of each environment. Numpy takes longer for so few numbers.
+        self.n_frames = [0] * n_envs
         self.last_stacks: np.ndarray | None = None
 
     @property
@@ -197,7 +204,7 @@ class _Frames:
             if self.last_stacks is None or not np.array_equal(stack, self.last_stacks[env]):
                 for frame in self._split(stack):
                     self._push(env, frame)
-        self.newest[row] = self.n_frames - 1
+        self.newest[row] = [n_frames - 1 for n_frames in self.n_frames]
         self.last_stacks = stacks
 
     def append(self, stacks: np.ndarray) -> None:
@@ -232,27 +239,28 @@ class _Frames:
         :param pos: The next row to be filled
         :return: How many of the oldest of them have a frame that is no longer there
         """
-        first_whole_stack = self.n_frames - self.n_slots + self.n_stack - 1
+        n_whole_stacks = self.n_slots - self.n_stack + 1
 
         def is_lost(index: int) -> bool:
             row = (pos - n_rows + index) % len(self.newest)
-            return bool((self.newest[row] < first_whole_stack).any())
+            newest_frames = self.newest[row].tolist()
+            return any(newest < n - n_whole_stacks for newest, n in zip(newest_frames, self.n_frames, strict=True))
 
         # Frames are numbered in the order of the rows. As a rule, all of them are there.
         return bisect.bisect_left(range(n_rows), True, key=lambda index: not is_lost(index)) if is_lost(0) else 0
 
     def read(self, rows: np.ndarray, envs: np.ndarray, oldest: int, newest: int) -> np.ndarray:
         """
-        :param rows: Rows of the buffer, (batch,)
-        :param envs: Environments, (batch,)
+        :param rows: Rows of the buffer times ``n_envs`` plus environments, (batch,)
+        :param envs: The environments, (batch,) or (1,)
         :param oldest: How many frames the oldest wanted frame is older than the newest one of the observation
         :param newest: The same for the newest wanted frame; -1 is that of the next observation
         :return: (batch, (oldest - newest + 1) * channels, height, width)
         """
-        n_wanted, (n_envs, n_slots) = oldest - newest + 1, self.slots.shape[:2]
-        starts = (self.newest[rows, envs] - oldest) % self.n_slots + envs * n_slots
+        n_wanted, n_slots = oldest - newest + 1, self.slots.shape[1]
+        starts = (take_rows(self.newest, rows) - oldest) % self.n_slots + envs * n_slots
         # One copy of all frames of a transition takes less time than one copy of each
         n_bytes = self.slots[0, 0].size
-        shape = (n_envs * n_slots - n_wanted + 1, n_wanted * n_bytes)
+        shape = (self.n_envs * n_slots - n_wanted + 1, n_wanted * n_bytes)
         pieces: np.ndarray = np.ndarray(shape, np.uint8, self.slots, strides=(n_bytes, 1))
         return pieces[starts].reshape(len(rows), -1, *self.stack_shape[1:])

@@ -29,22 +29,22 @@ class FastReplayBuffer(ReplayBuffer):
         rows = batch_inds * self.n_envs + env_indices
         if self.optimize_memory_usage:
             next_rows = (batch_inds + 1) % self.buffer_size * self.n_envs + env_indices
-            next_obs = _take(self.observations, next_rows)
+            next_obs = take_rows(self.observations, next_rows)
         else:
-            next_obs = _take(self.next_observations, rows)
+            next_obs = take_rows(self.next_observations, rows)
         # Only terminations, unless SB3 was told not to tell them from time limits
-        dones = _take(self.dones, rows) * (1 - _take(self.timeouts, rows))
+        dones = take_rows(self.dones, rows) * (1 - take_rows(self.timeouts, rows))
         data: tuple[Any, ...] = (
-            self._normalize_obs(_take(self.observations, rows), env),
-            _take(self.actions, rows),
+            self._normalize_obs(take_rows(self.observations, rows), env),
+            take_rows(self.actions, rows),
             self._normalize_obs(next_obs, env),
             dones.reshape(-1, 1),
-            self._normalize_reward(_take(self.rewards, rows).reshape(-1, 1), env),
+            self._normalize_reward(take_rows(self.rewards, rows).reshape(-1, 1), env),
         )
         return ReplayBufferSamples(*(self.to_torch(array, copy=False) for array in data))
 
 
-def _take(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def take_rows(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """
     :param array: (buffer_size, n_envs, ...)
     :param rows: Steps times ``n_envs`` plus environments

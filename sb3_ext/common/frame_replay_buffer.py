@@ -112,7 +112,8 @@ class FrameReplayBuffer(NStepReplayBuffer):
             return super()._get_samples(batch_inds, env)
         # As SB3's ReplayBuffer, but the frames that a stack and the next one share are read once. For one environment, numpy
         # would draw nothing.
-        rows, envs = batch_inds, np.zeros(1, np.intp)
+        rows: np.ndarray = batch_inds
+        envs: np.ndarray | int = 0
         if self.n_envs > 1:
             envs = np.random.randint(0, high=self.n_envs, size=len(batch_inds))
             rows = batch_inds * self.n_envs + envs
@@ -125,7 +126,9 @@ class FrameReplayBuffer(NStepReplayBuffer):
             (take_rows(self.dones, rows) * (1 - take_rows(self.timeouts, rows)))[:, None],
             self._normalize_reward(take_rows(self.rewards, rows)[:, None], env),
         )
-        return ReplayBufferSamples(*map(self.to_torch, data))
+        # As ``to_torch``, but with one look at the device
+        tensors = map(th.from_numpy, data)
+        return ReplayBufferSamples(*(tensors if self.device.type == "cpu" else (tensor.to(self.device) for tensor in tensors)))
 
     def to_torch(self, array: np.ndarray, copy: bool = True) -> th.Tensor:
         # All that is sampled has been copied by indexing
@@ -249,10 +252,10 @@ class _Frames:
         # Frames are numbered in the order of the rows. As a rule, all of them are there.
         return bisect.bisect_left(range(n_rows), True, key=lambda index: not is_lost(index)) if is_lost(0) else 0
 
-    def read(self, rows: np.ndarray, envs: np.ndarray, oldest: int, newest: int) -> np.ndarray:
+    def read(self, rows: np.ndarray, envs: np.ndarray | int, oldest: int, newest: int) -> np.ndarray:
         """
         :param rows: Rows of the buffer times ``n_envs`` plus environments, (batch,)
-        :param envs: The environments, (batch,) or (1,)
+        :param envs: The environments, (batch,), or the only one of all
         :param oldest: How many frames the oldest wanted frame is older than the newest one of the observation
         :param newest: The same for the newest wanted frame; -1 is that of the next observation
         :return: (batch, (oldest - newest + 1) * channels, height, width)

@@ -118,13 +118,13 @@ class FrameReplayBuffer(NStepReplayBuffer):
             envs = np.random.randint(0, high=self.n_envs, size=len(batch_inds))
             rows = batch_inds * self.n_envs + envs
         stacks_and_next_frame = self._frames.read(rows, envs, oldest=self.n_stack - 1, newest=-1)
-        n_channels = self._frames.n_channels
+        n_channels, column = self._frames.n_channels, rows[:, None]
         data = (
             self._normalize_obs(stacks_and_next_frame[:, :-n_channels], env),
             take_rows(self.actions, rows),
             self._normalize_obs(stacks_and_next_frame[:, n_channels:], env),
-            (take_rows(self.dones, rows) * (1 - take_rows(self.timeouts, rows)))[:, None],
-            self._normalize_reward(take_rows(self.rewards, rows)[:, None], env),
+            self.dones.take(column) * (1 - self.timeouts.take(column)),
+            self._normalize_reward(self.rewards.take(column), env),
         )
         # As ``to_torch``, but with one look at the device
         tensors = map(th.from_numpy, data)
@@ -261,7 +261,7 @@ class _Frames:
         :return: (batch, (oldest - newest + 1) * channels, height, width)
         """
         n_wanted, n_slots = oldest - newest + 1, self.slots.shape[1]
-        starts = (take_rows(self.newest, rows) - oldest) % self.n_slots + envs * n_slots
+        starts = (self.newest.take(rows) - oldest) % self.n_slots + envs * n_slots
         # One copy of all frames of a transition takes less time than one copy of each
         n_bytes = self.slots[0, 0].size
         shape = (self.n_envs * n_slots - n_wanted + 1, n_wanted * n_bytes)

@@ -32,14 +32,14 @@ class FastReplayBuffer(ReplayBuffer):
             next_obs = take_rows(self.observations, next_rows)
         else:
             next_obs = take_rows(self.next_observations, rows)
-        # Only terminations, unless SB3 was told not to tell them from time limits
-        dones = take_rows(self.dones, rows) * (1 - take_rows(self.timeouts, rows))
+        column = rows[:, None]
         data: tuple[Any, ...] = (
             self._normalize_obs(take_rows(self.observations, rows), env),
             take_rows(self.actions, rows),
             self._normalize_obs(next_obs, env),
-            dones.reshape(-1, 1),
-            self._normalize_reward(take_rows(self.rewards, rows).reshape(-1, 1), env),
+            # Only terminations, unless SB3 was told not to tell them from time limits
+            self.dones.take(column) * (1 - self.timeouts.take(column)),
+            self._normalize_reward(self.rewards.take(column), env),
         )
         return ReplayBufferSamples(*(self.to_torch(array, copy=False) for array in data))
 

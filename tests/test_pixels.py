@@ -11,7 +11,7 @@ from stable_baselines3.common.env_checker import check_env as check_env_for_sb3
 
 from sb3_ext import SACAE
 from sb3_ext.envs import ActionRepeat, PixelObservation
-from sb3_ext.envs.pixels import PIXEL_ENVIRONMENTS
+from sb3_ext.envs.pixels import PIXEL_ENVIRONMENTS, make_pixels
 
 
 class Stripes(gym.Env):
@@ -101,6 +101,33 @@ def test_failing_renderer_says_what_to_install():
 
     with pytest.raises(RuntimeError, match=r"Cannot render .*Broken.*no OpenGL.*libosmesa6.*MUJOCO_GL"):
         PixelObservation(Broken()).reset()
+
+
+def test_renderer_that_is_missing_at_once_says_what_to_install():
+    def without_opengl(render_mode):
+        raise AttributeError("'NoneType' object has no attribute 'glGetError'")
+
+    gym.register("WithoutOpenGL-v0", entry_point=without_opengl)
+    try:
+        with pytest.raises(RuntimeError, match=r"Cannot make WithoutOpenGL-v0 .*glGetError.*libosmesa6.*MUJOCO_GL"):
+            make_pixels("WithoutOpenGL-v0")
+    finally:
+        del gym.registry["WithoutOpenGL-v0"]
+
+
+def test_frames_of_a_renderer_that_draws_into_the_same_array():
+    class Canvas(Stripes):
+        canvas = np.zeros((8, 12, 3), np.uint8)
+
+        def render(self):
+            self.canvas[:] = self.t
+            return self.canvas
+
+    env = PixelObservation(Canvas(), 8, 12, n_stack=3)
+    env.reset()
+    for _ in range(3):
+        obs, *_ = env.step(np.zeros(1))
+    assert obs[0, 0].tolist() == [1, 1, 1, 2, 2, 2, 3, 3, 3]
 
 
 @pytest.mark.parametrize("env_id", ["LunarLanderContinuous-v3", "MountainCarContinuous-v0"])

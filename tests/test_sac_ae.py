@@ -15,7 +15,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import NatureCNN
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, SubprocVecEnv, VecFrameStack, VecNormalize
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -169,7 +169,10 @@ class PlainUpdate:
         self.tie()
         actor, critic, decoder = self.nets["actor"], self.nets["critic"], self.nets["decoder"]
         self.log_ent_coef = model.log_ent_coef.detach().double().requires_grad_(True)
-        self.actor_optimizer = adam(without_convolutions(actor))
+        if model.policy.actor_trains_convolutions:
+            # Gradients of both ways to the actor's loss: its actions, and the critics that judge them
+            actor.features_extractor.convolutions = critic.features_extractor.convolutions
+        self.actor_optimizer = adam(actor.parameters() if model.policy.actor_trains_convolutions else without_convolutions(actor))
         self.critic_optimizer = adam(critic.parameters())
         self.encoder_optimizer = adam(critic.features_extractor.parameters())
         self.decoder_optimizer = adam(decoder.parameters(), weight_decay=1e-7)
@@ -223,8 +226,11 @@ class PlainUpdate:
             optimizer.step()
 
 
-def test_updates_equal_the_plain_ones_of_the_paper():
-    model = make_model()
+@pytest.mark.parametrize("optimizer_kwargs", [{}, {"fused": False}])
+@pytest.mark.parametrize("actor_trains_convolutions", [False, True])
+def test_updates_equal_the_plain_ones_of_the_paper(actor_trains_convolutions, optimizer_kwargs):
+    policy_kwargs = {"actor_trains_convolutions": actor_trains_convolutions, "optimizer_kwargs": optimizer_kwargs}
+    model = make_model(policy_kwargs={**SMALL, **policy_kwargs})
     plain = PlainUpdate(model)
     for seed in range(6):
         batch = batch_for(model, seed=seed)
@@ -319,6 +325,15 @@ def test_fixed_entropy_coefficient_and_n_step_returns():
     assert model._n_updates == 10
 
 
+def test_n_steps_that_the_replay_buffer_does_not_have_are_warned_of(tmp_path, recwarn):
+    make_model(n_steps=3).save(tmp_path / "model")
+    assert not [warning for warning in recwarn if "n_steps" in str(warning.message)]
+    with pytest.warns(UserWarning, match="`n_steps=3` is ignored"):
+        make_model(n_steps=3, replay_buffer_class=FrameReplayBuffer, replay_buffer_kwargs={"n_stack": 1})
+    with pytest.warns(UserWarning, match="`n_steps=2` is ignored"):
+        SACAE.load(tmp_path / "model", device="cpu", n_steps=2)
+
+
 def test_updates_at_once_before_the_first():
     model = make_model(initial_gradient_steps=7)
     model.learn(11)
@@ -379,12 +394,24 @@ def test_learning_rates_given_at_loading_are_used(tmp_path):
     assert [optimizer.param_groups[0]["lr"] for optimizer in optimizers] == list(rates.values())
 
 
+@pytest.mark.parametrize("vec_env_class", [DummyVecEnv, SubprocVecEnv])
+def test_environments_without_stacks_have_one_frame(vec_env_class):
+    model = SACAE("CnnPolicy", vec_env_class([image_env]), buffer_size=50, device="cpu", policy_kwargs=SMALL)
+    assert model.replay_buffer.n_stack == 1
+    model.env.close()
+
+
 def test_number_of_frames_is_found():
     vec_env = VecFrameStack(make_vec_env(image_env), n_stack=2)
     model = SACAE("CnnPolicy", vec_env, buffer_size=50, device="cpu", policy_kwargs=SMALL)
     assert isinstance(model.replay_buffer, FrameReplayBuffer) and model.replay_buffer.n_stack == 2
-    assert make_model().replay_buffer.n_stack == 1
     assert make_model(replay_buffer_kwargs={"n_stack": 3}).replay_buffer.n_stack == 3
+
+
+def test_the_decoder_has_the_weight_decay_of_its_own():
+    model = make_model(policy_kwargs={**SMALL, "decoder_weight_decay": 0.3, "optimizer_kwargs": {"weight_decay": 0.1}})
+    optimizers = [model.critic.optimizer, model.policy.decoder_optimizer]
+    assert [optimizer.param_groups[0]["weight_decay"] for optimizer in optimizers] == [0.1, 0.3]
 
 
 def test_memory_of_100_000_transitions():
@@ -412,6 +439,7 @@ def test_a_loaded_agent_has_no_memory_for_transitions(tmp_path):
         ({"decoder_update_interval": 0}, "decoder_update_interval must be at least 1"),
         ({"latent_coef": -1}, "latent_coef must be at least 0"),
         ({"n_bits": 9}, "n_bits must be in"),
+        ({"policy_kwargs": {"features_extractor_kwargs": {"n_layers": 0}}}, "n_layers must be at least 1, but got 0"),
         ({"policy_kwargs": {"features_extractor_class": NatureCNN}}, "must be a ConvEncoder, but got NatureCNN"),
     ],
 )
@@ -491,6 +519,11 @@ def test_reconstructions_are_drawn_during_training(tmp_path):
         ReconstructionCallback(interval=0)
 
 
+def test_there_is_nothing_to_draw_before_the_first_transition_is_stored(tmp_path):
+    make_model().learn(3, callback=ReconstructionCallback(interval=1, folder=str(tmp_path)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["reconstructions_2_steps.png", "reconstructions_3_steps.png"]
+
+
 def test_drawing_uses_no_random_numbers_of_the_training(tmp_path):
     model = make_model().learn(20)
     np.random.seed(3)
@@ -498,7 +531,7 @@ def test_drawing_uses_no_random_numbers_of_the_training(tmp_path):
     callback = ReconstructionCallback(interval=1, folder=str(tmp_path))
     callback.init_callback(model)
     np.random.seed(3)
-    callback._draw()
+    callback._draw(model.replay_buffer)
     assert np.random.rand() == expected
 
 

@@ -89,7 +89,8 @@ class PixelObservation(gym.Wrapper[np.ndarray, Any, Any, Any]):
         except Exception as error:
             raise RuntimeError(f"Cannot render {self.env.unwrapped}: {error}. {_HOW_TO_RENDER}") from error
         if frame.shape[:2] == self.size:
-            return frame
+            # The environment may draw the next one into the same array
+            return np.array(frame)
         # Means over rectangles, which keep thin lines
         return np.asarray(Image.fromarray(frame).resize(self.size[::-1], Image.Resampling.BOX))
 
@@ -115,10 +116,16 @@ def make_pixels(
     :param kwargs: For ``gym.make``
     :return: The environment
     :raises ValueError: if a number is out of range, or the environment needs dm_control and it is not installed
+    :raises RuntimeError: if the environment finds nothing to render with; it says what has to be installed
     """
     if env_id.startswith("dm_control/"):
         _register_dm_control(env_id)
-    env: gym.Env = PixelObservation(gym.make(env_id, render_mode="rgb_array", **kwargs), height, width, action_repeat, n_stack)
+    try:
+        rendered = gym.make(env_id, render_mode="rgb_array", **kwargs)
+    # What OpenGL's Python packages say where its library is missing
+    except (AttributeError, ImportError) as error:
+        raise RuntimeError(f"Cannot make {env_id} with a renderer: {error}. {_HOW_TO_RENDER}") from error
+    env: gym.Env = PixelObservation(rendered, height, width, action_repeat, n_stack)
     return HumanRendering(env) if render_mode == "human" else env
 
 
@@ -135,7 +142,7 @@ def _register_dm_control(env_id: str) -> None:
 
 
 # Name, environment, and what PixelObservation and the environment are given. Action repeats of dm_control: Yarats et al. 2019,
-# table 1. MuJoCo renders at once in the size that is wanted.
+# table 1; their MuJoCo renders in the paper's size at once.
 _SMALL = {"height": 36, "width": 36}
 _DM_CONTROL = {
     "PixelFingerSpin-v0": ("finger-spin-v0", 2),

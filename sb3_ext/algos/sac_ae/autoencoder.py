@@ -18,11 +18,13 @@ class ConvEncoder(BaseFeaturesExtractor):
     :param features_dim: Size of the latent vector, >= 1
     :param n_layers: Number of convolutions, >= 1
     :param n_filters: Channels of each, >= 1
-    :raises ValueError: if the images are too small for so many layers
+    :raises ValueError: if there is no layer, or the images are too small for so many
     """
 
     def __init__(self, observation_space: spaces.Box, features_dim: int = 50, n_layers: int = 4, n_filters: int = 32) -> None:
         super().__init__(observation_space, features_dim)
+        if n_layers < 1:
+            raise ValueError(f"n_layers must be at least 1, but got {n_layers}.")
         self.image_shape = observation_space.shape
         n_channels, height, width = self.image_shape
         # The first convolution halves the image, each of the others takes a border of one pixel

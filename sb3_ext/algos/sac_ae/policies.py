@@ -181,7 +181,7 @@ class SACAEPolicy(SACPolicy):
 
     def _make_optimizer(self, params: list[nn.Parameter], learning_rate: float, **kwargs: float) -> th.optim.Optimizer:
         fused = {"fused": True} if self.optimizer_class is th.optim.Adam else {}
-        return self.optimizer_class(params, lr=learning_rate, **{**fused, **kwargs, **self.optimizer_kwargs})  # type: ignore
+        return self.optimizer_class(params, lr=learning_rate, **{**fused, **self.optimizer_kwargs, **kwargs})  # type: ignore
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
         actor_kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)

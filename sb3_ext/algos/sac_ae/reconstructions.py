@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Image as LoggedImage
 from stable_baselines3.common.vec_env import VecEnv
@@ -42,14 +43,15 @@ class ReconstructionCallback(BaseCallback):
         self._last_drawn = self.num_timesteps
 
     def _on_step(self) -> bool:
-        if self.num_timesteps - self._last_drawn >= self.interval:
-            self._last_drawn = self.num_timesteps
-            self._draw()
-        return True
-
-    def _draw(self) -> None:
         buffer = self.model.replay_buffer
         assert buffer is not None
+        # The transition of the first step is stored after this
+        if self.num_timesteps - self._last_drawn >= self.interval and buffer.size() > 0:
+            self._last_drawn = self.num_timesteps
+            self._draw(buffer)
+        return True
+
+    def _draw(self, buffer: ReplayBuffer) -> None:
         # Drawing must not change the training, which samples with numpy's global generator
         state = np.random.get_state()
         observations = buffer.sample(self.n_images).observations

@@ -191,13 +191,13 @@ class SACAE(RewardNormalizationMixin, SAC):
 
     def _setup_model(self) -> None:
         self._check_arguments()
+        n_step_returns = {"n_steps": self.n_steps, "gamma": self.gamma}
         if self.replay_buffer_class is None:
             self.replay_buffer_class = FrameReplayBuffer
-            n_step_returns = {"n_steps": self.n_steps, "gamma": self.gamma}
             self.replay_buffer_kwargs = {"n_stack": self._n_stack(), **n_step_returns, **self.replay_buffer_kwargs}
         with warnings.catch_warnings():
-            # SB3 does not know that n-step returns are set
-            if issubclass(self.replay_buffer_class, FrameReplayBuffer):
+            # SB3 does not look whether they are the buffer's
+            if n_step_returns.items() <= self.replay_buffer_kwargs.items():
                 warnings.filterwarnings("ignore", message="`n_steps=")
             super()._setup_model()
         if self.log_ent_coef is not None:
@@ -212,10 +212,8 @@ class SACAE(RewardNormalizationMixin, SAC):
             stack = unwrap_vec_wrapper(self.env, VecFrameStack)
             assert isinstance(stack, VecFrameStack)
             return int(stack.stacked_obs.n_stack)
-        try:
-            return int(self.env.get_attr("n_stack", indices=0)[0])
-        except AttributeError:
-            return 1
+        # Not by trying: what a process of SubprocVecEnv lacks ends it
+        return int(self.env.get_attr("n_stack", indices=0)[0]) if self.env.has_attr("n_stack") else 1
 
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
@@ -272,11 +270,13 @@ class SACAE(RewardNormalizationMixin, SAC):
                 maps = encoder.convolutions(obs)
         if updates_actor:
             actor_loss, log_prob = self._actor_loss(maps, ent_coef)
-            _minimize(actor_loss, self.actor.optimizer, retain_graph=policy.actor_trains_convolutions)
+            _minimize(actor_loss, self.actor.optimizer)
             losses["actor_loss"] = actor_loss
             if self.log_ent_coef is not None and self.ent_coef_optimizer is not None:
                 losses["ent_coef_loss"] = self._ent_coef_loss(self.log_ent_coef, log_prob)
                 _minimize(losses["ent_coef_loss"], self.ent_coef_optimizer)
+            if updates_autoencoder and policy.actor_trains_convolutions:
+                maps = encoder.convolutions(obs)
         if updates_autoencoder:
             reconstruction_loss, latent_loss = self._autoencoder_losses(maps, images)
             loss = reconstruction_loss + self.latent_coef * latent_loss
@@ -379,16 +379,15 @@ class SACAE(RewardNormalizationMixin, SAC):
         return [*state_dicts, "policy.encoder_optimizer", "policy.decoder_optimizer"], tensors
 
 
-def _minimize(loss: th.Tensor, *optimizers: th.optim.Optimizer, retain_graph: bool = False) -> None:
+def _minimize(loss: th.Tensor, *optimizers: th.optim.Optimizer) -> None:
     """
     One step of gradient descent that touches what these optimizers have, and nothing else.
 
     :param loss: Scalar
     :param optimizers: Of different parameters
-    :param retain_graph: Whether the graph is needed again
     """
     params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
-    for param, gradient in zip(params, th.autograd.grad(loss, params, retain_graph=retain_graph), strict=True):
+    for param, gradient in zip(params, th.autograd.grad(loss, params), strict=True):
         # Fused Adam on CPU goes through memory without a look at the layout
         param.grad = gradient if gradient.stride() == param.stride() else th.empty_like(param).copy_(gradient)
     for optimizer in optimizers:

@@ -2,9 +2,11 @@ import copy
 
 import pytest
 import torch as th
+from torch import nn
 
 from sb3_ext.common import adam as module
 from sb3_ext.common.adam import SingleTensorAdam
+from sb3_ext.common.flat_parameters import FlatParameters
 
 
 @pytest.mark.parametrize(
@@ -54,3 +56,11 @@ def test_closures_are_called():
         return loss
 
     assert [round(float(optimizer.step(closure)), 3) for _ in range(3)] == [3.0, 2.43, 1.922]
+
+
+@pytest.mark.parametrize(
+    ("optimizer_kwargs", "fused"), [({}, True), ({"fused": False}, False), ({"foreach": True}, False), ({"eps": 1e-5}, True)]
+)
+def test_adam_is_fused_unless_another_implementation_is_named(optimizer_kwargs, fused):
+    optimizer = FlatParameters(nn.Linear(2, 1)).make_optimizer(th.optim.Adam, 0.1, optimizer_kwargs)
+    assert optimizer.param_groups[0]["fused"] == fused

@@ -13,11 +13,12 @@ from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv
 from torch import nn
 
-from sb3_ext import DDQN, DuelingDDQN
+from sb3_ext import DDQN, DuelingDDQN, OptionCritic, SACDiscrete
 from sb3_ext.algos.ddqn import MlpPolicy
 from sb3_ext.algos.dueling_ddqn.policies import DuelingMLP
 from sb3_ext.common.evaluation import PerceptronEvaluation
@@ -151,11 +152,27 @@ def test_update_against_float64(algo, net_arch, max_grad_norm):
         th.testing.assert_close(after.double(), before - 0.1 * scale * gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_without_double_q_it_is_dqn():
-    kwargs = {"train_freq": 64, "gradient_steps": 32}
+class Normalized(FlattenExtractor):
+    """With statistics of what it has seen, and a layer that nothing uses."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.norm, self.unused = nn.BatchNorm1d(4), nn.Linear(4, 4)
+
+    def forward(self, observations):
+        return self.norm(super().forward(observations))
+
+
+@pytest.mark.parametrize("frozen", ["", "q_net.0", "features_extractor"])
+@pytest.mark.parametrize("features_extractor_class", [FlattenExtractor, Normalized])
+def test_without_double_q_it_is_dqn(features_extractor_class, frozen):
+    policy_kwargs = {"features_extractor_class": features_extractor_class}
+    kwargs = {"train_freq": 64, "gradient_steps": 32, "policy_kwargs": policy_kwargs}
     ours, expected = cartpole(DDQN, double_q=False, **kwargs), cartpole(DQN, **kwargs)
     ours.policy.load_state_dict(expected.policy.state_dict())
     for model in (ours, expected):
+        if frozen:
+            model.q_net.get_submodule(frozen).requires_grad_(False)
         model.set_random_seed(1)
         model.learn(256)
     for name, value in expected.policy.state_dict().items():
@@ -401,6 +418,25 @@ def test_learns_cartpole(algo):
 def test_numbers_out_of_range_are_named(name, value):
     with pytest.raises(ValueError, match=f"{name} must be .* but got {value}"):
         cartpole(DDQN, **{name: value})
+
+
+def test_numbers_given_at_loading_are_checked(tmp_path):
+    cartpole(DDQN).save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"tau must be .* but got 5"):
+        DDQN.load(tmp_path / "model", tau=5)
+
+
+@pytest.mark.parametrize("algo", [DDQN, SACDiscrete, OptionCritic])
+def test_what_an_environment_asserts_is_shown(algo):
+    def make_env():
+        raise AssertionError("no ROM found")
+
+    gym.register("WithoutROM-v0", entry_point=make_env)
+    try:
+        with pytest.raises(AssertionError, match="no ROM found"):
+            algo("MlpPolicy", "WithoutROM-v0")
+    finally:
+        del gym.registry["WithoutROM-v0"]
 
 
 @pytest.mark.parametrize("net_arch", [[], [64, 1]])

@@ -80,6 +80,31 @@ def test_features_that_learn(batches, gradients):
     check(heads, flat, batches, gradients, GraphEvaluation, [features])
 
 
+class PartlyUsed(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 3), nn.Linear(3, 5))
+
+    def forward(self, inputs):
+        return self[2](self[1](self[0](inputs)))
+
+
+@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.ELU])
+@pytest.mark.parametrize("frozen", [[], [0], [0, 2], [0, 2, 3]])
+def test_features_that_are_frozen_or_not_used(batches, gradients, activation_fn, frozen):
+    features = PartlyUsed()
+    heads, flat = make_heads(features, features=[features], activation_fn=activation_fn)
+    expected = expected_gradient(heads, batches[0], gradients, [list(features)[:3]])
+    unused = th.zeros(20).double()
+    expected = th.cat([expected[:45], unused, expected[45:]])
+    for index in frozen:
+        features[index].requires_grad_(False)
+        # Of 24, 21 and 20 parameters
+        begin = {0: 0, 2: 24, 3: 45}[index]
+        expected[begin : begin + sum(parameter.numel() for parameter in features[index].parameters())] = 0
+    heads.evaluate(flat, *batches).backward(*gradients)
+    th.testing.assert_close(flat.tensor.grad.double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_dict_observations(batches, gradients):
     def features(obs):
         return th.cat([obs["b"], obs["a"]], dim=1)

@@ -48,6 +48,30 @@ def test_updates_equal_those_of_separate_parameters(net):
         th.testing.assert_close(net.layers.state_dict()[name], value)
 
 
+@pytest.mark.parametrize("max_grad_norm", [None, 0.1])
+@pytest.mark.parametrize("frozen", [[0], [3], [0, 3]])
+def test_frozen_parameters_stay_as_they_are(net, frozen, max_grad_norm):
+    plain = copy.deepcopy(net.layers)
+    plain_optimizer = th.optim.Adam(plain.parameters(), lr=0.1, weight_decay=0.1)
+    net.optimizer.param_groups[0]["weight_decay"] = 0.1
+    for step in range(4):
+        # By then there is momentum
+        if step == 2:
+            for index in frozen:
+                plain[index].requires_grad_(False)
+                net.layers[index].requires_grad_(False)
+        net.flat.minimize(net(BATCH).square().mean(), net.optimizer, max_grad_norm)
+        plain_optimizer.zero_grad()
+        loss = plain(BATCH).square().mean()
+        if loss.requires_grad:
+            loss.backward()
+        if max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(plain.parameters(), max_grad_norm)
+        plain_optimizer.step()
+    for name, value in plain.state_dict().items():
+        th.testing.assert_close(net.layers.state_dict()[name], value)
+
+
 def test_polyak_update_by_hand(net):
     target = nn.Sequential(copy.deepcopy(net.layers[0]))
     expected = 0.9 * target[0].weight.detach() + 0.1 * (net.layers[0].weight.detach() + 1.0)

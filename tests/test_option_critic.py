@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.her import HerReplayBuffer
 
 from sb3_ext import OptionCritic
 from sb3_ext.algos.option_critic.option_critic import Transitions
@@ -658,9 +660,8 @@ def test_collapsed_options_are_reported(always_chosen, message):
         statistics.add(option, np.array([always_chosen]), np.array([0.5]), no)
     assert message in statistics.collapse()
     model = cartpole(n_options=2, learning_starts=0)
-    model._statistics = statistics
-    model.num_timesteps = 5000
     model._setup_learn(10)
+    model._statistics = statistics
     with pytest.warns(UserWarning, match="have collapsed"):
         model.num_timesteps = 5000
         model.dump_logs()
@@ -686,6 +687,8 @@ def test_healthy_options_are_not_reported():
         ("ent_coef", "auto"),
         ("exploration_final_eps", 2.0),
         ("tau", -0.1),
+        ("actor_learning_rate", -1e-3),
+        ("termination_learning_rate", "1e-3"),
     ],
 )
 def test_numbers_out_of_range_are_named(name, value):
@@ -704,6 +707,46 @@ def test_unbounded_actions_are_refused():
 
     with pytest.raises(ValueError, match="finite bounds"):
         OptionCritic("MlpPolicy", Unbounded(3))
+
+
+@pytest.mark.parametrize(
+    ("replay_buffer_class", "message"),
+    [(NStepReplayBuffer, "with n_steps=1, .* but got n_steps=3"), (HerReplayBuffer, "does not support HerReplayBuffer")],
+)
+def test_replay_buffers_that_do_not_fit_are_refused(replay_buffer_class, message):
+    with pytest.raises(ValueError, match=message):
+        cartpole(replay_buffer_class=replay_buffer_class)
+
+
+def test_dict_observations_with_classes():
+    class Classes(gym.Env):
+        observation_space = spaces.Dict({"class": spaces.Discrete(3), "vector": spaces.Box(-1, 1, (2,))})
+        action_space = spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return {"class": 1, "vector": np.zeros(2, np.float32)}, {}
+
+        def step(self, action):
+            return {"class": 2, "vector": np.ones(2, np.float32)}, 1.0, bool(self.np_random.random() < 0.3), False, {}
+
+    model = OptionCritic("MultiInputPolicy", make_vec_env(Classes, 2), learning_starts=8, train_freq=4, seed=0, device="cpu")
+    assert model.learn(16)._n_updates == 1
+
+
+def test_the_option_in_force_goes_on_after_loading(tmp_path):
+    model = OptionCritic("MlpPolicy", make_vec_env("CartPole-v1", 3), learning_starts=100, seed=0, device="cpu").learn(30)
+    model._options = np.array([1, 0, 3])
+    model.save(tmp_path / "model")
+    loaded = OptionCritic.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 3), force_reset=False, device="cpu")
+    np.testing.assert_array_equal(loaded._options, [1, 0, 3])
+    assert len(OptionCritic.load(tmp_path / "model", env=make_vec_env("CartPole-v1", 2), device="cpu")._options) == 2
+
+
+def test_statistics_begin_anew_with_the_steps():
+    model = cartpole(learning_starts=1000).learn(40)
+    assert len(model.learn(8, reset_num_timesteps=False)._statistics._used) == 48
+    assert len(model.learn(8)._statistics._used) == 8
 
 
 def test_divergence_is_a_value_error():

@@ -6,10 +6,11 @@ import sys
 import gymnasium
 import numpy as np
 import pytest
+import torch as th
 from huggingface_hub import ModelCard
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.vec_env import DummyVecEnv
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 from sb3_ext import OptionCritic
 from sb3_ext.algos.option_critic import plot
@@ -26,32 +27,51 @@ def model():
     return OptionCritic("MlpPolicy", rooms(), n_options=3, buffer_size=100, seed=0, device="cpu")
 
 
-def test_episodes_hold_options_observations_and_returns(model):
+def test_episodes_hold_options_cells_and_returns(model):
     env = rooms(goal=(1, 1))
     env.seed(0)
     episodes = plot.play(model, env, 4, deterministic=False)
     assert len(episodes) == 4
     for episode in episodes:
-        assert len(episode.options) == len(episode.observations) <= 30
+        assert len(episode.options) == len(episode.cells) <= 30
+        # From one cell to the same or a neighbour
+        (four_rooms,) = env.get_attr("unwrapped")
+        assert np.abs(np.diff(four_rooms.cells[episode.cells], axis=0)).sum(axis=1, initial=0).max(initial=0) <= 1
         assert set(episode.options) <= {0, 1, 2}
         assert episode.episode_return == (1.0 if len(episode.options) < 30 else 0.0)
 
 
 @pytest.mark.parametrize("observation", ["one_hot", "coordinates"])
-def test_pictures_of_four_rooms(observation):
-    env = rooms(observation=observation)
+@pytest.mark.parametrize("wrapper", [lambda env: env, VecNormalize])
+def test_pictures_of_four_rooms(observation, wrapper):
+    env = wrapper(rooms(observation=observation))
     model = OptionCritic("MlpPolicy", env, n_options=3, buffer_size=100, seed=0, device="cpu")
-    episodes = plot.play(model, env, 3, deterministic=False)
-    (four_rooms,) = env.get_attr("unwrapped")
-    figure = plot.draw_four_rooms(model, four_rooms, episodes)
+    figures = plot.pictures(model, env, deterministic=False, n_episodes=3)
     # Three pictures for each option, and the scales of two of them
-    assert len(figure.axes) == 3 * 3 + 2 * 3
+    assert len(figures["options-rooms"].axes) == 3 * 3 + 2 * 3
+
+
+def test_termination_probabilities_are_those_for_what_the_model_observes():
+    env = VecNormalize(rooms(observation="coordinates"))
+    env.obs_rms.mean, env.obs_rms.var = np.array([0.3, 0.6]), np.array([0.01, 0.04])
+    model = OptionCritic("MlpPolicy", env, n_options=3, buffer_size=100, seed=0, device="cpu")
+    axes = plot.pictures(model, env, deterministic=False, n_episodes=1)["options-rooms"].axes[1]
+    (four_rooms,) = env.get_attr("unwrapped")
+    drawn = axes.images[-1].get_array()[tuple(four_rooms.cells[7])]
+    observation = (four_rooms.observe(7) - [0.3, 0.6]) / np.sqrt(np.array([0.01, 0.04]) + env.epsilon)
+    hidden = model.policy.critic.hidden(th.as_tensor(observation, dtype=th.float32)[None])
+    assert drawn == pytest.approx(model.policy.terminations(hidden)[0, 0].item(), rel=1e-4)
+
+
+def test_no_rooms_for_stacked_observations():
+    env = VecFrameStack(rooms(), 2)
+    model = OptionCritic("MlpPolicy", env, n_options=3, buffer_size=100, seed=0, device="cpu")
+    assert list(plot.pictures(model, env, deterministic=False, n_episodes=1)) == ["options-timeline"]
 
 
 def test_shares_by_hand():
     four_rooms = FourRooms()
-    there, elsewhere = four_rooms.observe(5), four_rooms.observe(9)
-    episodes = [plot.Episode(np.array([0, 1, 1]), [there, there, elsewhere], 0.0), plot.Episode(np.array([1]), [there], 0.0)]
+    episodes = [plot.Episode(np.array([0, 1, 1]), [5, 5, 9], 0.0), plot.Episode(np.array([1]), [5], 0.0)]
     shares = plot._shares(four_rooms, episodes, 2)
     np.testing.assert_allclose(shares[5], [1 / 3, 2 / 3])
     np.testing.assert_allclose(shares[9], [0.0, 1.0])
@@ -59,7 +79,7 @@ def test_shares_by_hand():
 
 
 def test_timeline_shows_each_step_and_return():
-    episodes = [plot.Episode(np.array([0, 1]), [None] * 2, 3.0), plot.Episode(np.array([1, 1, 0]), [None] * 3, -1.5)]
+    episodes = [plot.Episode(np.array([0, 1]), [], 3.0), plot.Episode(np.array([1, 1, 0]), [], -1.5)]
     figure = plot.draw_timeline(episodes, 2)
     axes = figure.axes[0]
     np.testing.assert_array_equal(axes.images[0].get_array().filled(np.nan), [[0, 1, np.nan], [1, 1, 0]])

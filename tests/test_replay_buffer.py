@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.type_aliases import DictReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
@@ -63,6 +63,15 @@ def test_samples_can_be_changed_without_changing_the_buffer():
     sample.rewards.zero_()
     np.testing.assert_array_equal(before[0], buffer.observations)
     np.testing.assert_array_equal(before[1], buffer.rewards)
+
+
+@pytest.mark.parametrize("algo", [DDQN, SACDiscrete])
+@pytest.mark.parametrize("n_steps", [1, 3])
+def test_n_step_buffer_of_the_users_own(algo, n_steps, recwarn):
+    kwargs = {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": n_steps, "gamma": 0.99}}
+    model = algo("MlpPolicy", "CartPole-v1", n_steps=n_steps, learning_starts=10, device="cpu", **kwargs).learn(20)
+    assert type(model.replay_buffer) is NStepReplayBuffer and model.replay_buffer.n_steps == n_steps
+    assert not [warning for warning in recwarn if "n_steps" in str(warning.message)]
 
 
 def test_normalization():

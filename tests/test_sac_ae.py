@@ -172,7 +172,9 @@ class PlainUpdate:
         if model.policy.actor_trains_convolutions:
             # Gradients of both ways to the actor's loss: its actions, and the critics that judge them
             actor.features_extractor.convolutions = critic.features_extractor.convolutions
-        self.actor_optimizer = adam(actor.parameters() if model.policy.actor_trains_convolutions else without_convolutions(actor))
+        self.actor_optimizer = adam(
+            actor.parameters() if model.policy.actor_trains_convolutions else without_convolutions(actor)
+        )
         self.critic_optimizer = adam(critic.parameters())
         self.encoder_optimizer = adam(critic.features_extractor.parameters())
         self.decoder_optimizer = adam(decoder.parameters(), weight_decay=1e-7)

@@ -354,6 +354,26 @@ def test_bad_entropy_coefficients_are_named(ent_coef):
 def test_bad_target_entropy_is_named():
     with pytest.raises(ValueError, match="target_entropy must be"):
         cartpole(target_entropy="max")
+    # SB3's SAC has minus the number of action dimensions
+    for value in (-2.0, 0.7):
+        with pytest.raises(ValueError, match=rf"target_entropy must be in \[0, 0.69.*but got {value}"):
+            cartpole(target_entropy=value)
+
+
+def test_unbounded_actions_are_refused():
+    class Unbounded(gym.Env):
+        observation_space, action_space = spaces.Box(-1, 1, (2,)), spaces.Box(-np.inf, np.inf, (1,))
+
+    with pytest.raises(ValueError, match="supports Discrete action spaces, but got Box"):
+        SACDiscrete("MlpPolicy", Unbounded())
+
+
+def test_networks_have_the_names_of_sb3(tmp_path):
+    model = cartpole()
+    model.save(tmp_path / "model")
+    for each in (model, SACDiscrete.load(tmp_path / "model", device="cpu")):
+        networks = each.policy
+        assert (each.actor, each.critic, each.critic_target) == (networks.actor, networks.critic, networks.critic_target)
 
 
 def test_divergence_is_a_value_error():

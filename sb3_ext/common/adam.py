@@ -11,6 +11,15 @@ import torch as th
 _fused_adam: Any = getattr(th, "_fused_adam_", None)
 
 
+def fused_unless(optimizer_kwargs: dict[str, Any]) -> dict[str, Any]:
+    """
+    :param optimizer_kwargs: SB3's ``optimizer_kwargs`` for Adam
+    :return: The same, and that Adam is to be fused, unless they name another implementation
+    """
+    others = optimizer_kwargs.get("foreach") or optimizer_kwargs.get("differentiable")
+    return {"fused": not others, **optimizer_kwargs}
+
+
 class SingleTensorAdam(th.optim.Adam):
     """
     torch's Adam for a single parameter, with the same numbers and the same state. A small network spends a good part of

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 
-from sb3_ext.common.flat_parameters import FlatParameters
+from sb3_ext.common.flat_parameters import FlatParameters, differentiate
 from sb3_ext.common.observations import map_observations
 
 
@@ -158,4 +158,4 @@ class PerceptronEvaluation:
             return
         first, *others = [head.backward(activations, gradient, head_out) for head, activations, gradient, head_out in parts]
         gradient = sum(others, start=first)
-        th._foreach_copy_(features_out, th.autograd.grad(self._features, self._feature_parameters, gradient))
+        th._foreach_copy_(features_out, differentiate(self._features, self._feature_parameters, [gradient]))

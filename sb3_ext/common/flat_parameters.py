@@ -10,7 +10,7 @@ from typing import Any
 import torch as th
 from torch import nn
 
-from sb3_ext.common.adam import SingleTensorAdam
+from sb3_ext.common.adam import SingleTensorAdam, fused_unless
 
 
 class FlatParameters:
@@ -24,6 +24,8 @@ class FlatParameters:
     :class:`FlatParametersMixin` does that for policies.
 
     Kernels of convolutions are laid out channels-last, which is what makes convolutions on CPU faster.
+
+    Parameters that are frozen (``requires_grad_(False)``) stay as they are, and nothing depends on their gradients.
 
     :param modules: Modules whose parameters are taken over, or single parameters, in this order; a parameter that occurs
         twice is taken once.
@@ -76,8 +78,8 @@ class FlatParameters:
         """
         Compute the gradient of a loss with respect to these parameters, and to no others.
 
-        :param outputs: The loss, a scalar, or what it is computed from. A parameter that does not matter for them gets a
-            gradient of zero.
+        :param outputs: The loss, a scalar, or what it is computed from. A parameter that does not matter for them, or is
+            frozen, gets a gradient of zero.
         :param gradients: Of the loss with respect to each of ``outputs`` (None: they are the loss)
         """
         backward(outputs, self, gradients=gradients)
@@ -123,7 +125,7 @@ class FlatParameters:
         :return: An optimizer over ``tensor``
         """
         if optimizer_class is th.optim.Adam:
-            return SingleTensorAdam([self.tensor], lr=learning_rate, **{"fused": True, **optimizer_kwargs})
+            return SingleTensorAdam([self.tensor], lr=learning_rate, **fused_unless(optimizer_kwargs))
         return optimizer_class([self.tensor], lr=learning_rate, **optimizer_kwargs)  # type: ignore[call-arg]
 
     def minimize(self, loss: th.Tensor, optimizer: th.optim.Optimizer, max_grad_norm: float | None = None) -> None:
@@ -144,6 +146,11 @@ class FlatParameters:
         :param optimizer: Optimizer over ``self.tensor``
         :param max_grad_norm: Scale the gradient down to this Euclidean norm if it is longer (None: leave it)
         """
+        frozen = [pair for pair in zip(self.params, self.gradient_views(), strict=True) if not pair[0].requires_grad]
+        for _, gradient in frozen:
+            gradient.zero_()
+        # Momentum and weight decay move parameters without a gradient, too
+        kept = [param.detach().clone() for param, _ in frozen]
         if max_grad_norm is not None:
             # As torch's clip_grad_norm_, which spends its time on looking for gradients
             gradient = self._gradient()
@@ -152,6 +159,8 @@ class FlatParameters:
             if not gradient.is_cpu or scale < 1.0:
                 gradient.mul_(scale.clamp_(max=1.0))
         optimizer.step()
+        for (param, _), value in zip(frozen, kept, strict=True):
+            param.data.copy_(value)
 
     def polyak_update(self, online: FlatParameters, tau: float) -> None:
         """
@@ -197,9 +206,29 @@ def backward(
     :param gradients: Of the loss with respect to each of ``outputs`` (None: they are the loss)
     """
     params = list(chain.from_iterable(flat.params for flat in flats))
-    grads = iter(th.autograd.grad(outputs, params, gradients, allow_unused=True, materialize_grads=True))
+    grads = iter(differentiate(outputs, params, gradients))
     for flat in flats:
         th.cat([_in_memory_order(next(grads)).reshape(-1) for _ in flat.params], out=flat._gradient())
+
+
+def differentiate(
+    outputs: th.Tensor | Sequence[th.Tensor], params: Sequence[th.Tensor], gradients: Sequence[th.Tensor] | None = None
+) -> list[th.Tensor]:
+    """
+    :param outputs: The loss, a scalar, or what it is computed from
+    :param params: Parameters
+    :param gradients: Of the loss with respect to each of ``outputs`` (None: they are the loss)
+    :return: The gradient with respect to each parameter; zeros for those that do not matter for ``outputs`` or are frozen
+    """
+    outputs = [outputs] if isinstance(outputs, th.Tensor) else outputs
+    pairs = zip(outputs, [None] * len(outputs) if gradients is None else gradients, strict=True)
+    differentiable = [pair for pair in pairs if pair[0].requires_grad]
+    trained = [param for param in params if param.requires_grad]
+    if not differentiable or not trained:
+        return [th.zeros_like(param) for param in params]
+    ends, end_gradients = zip(*differentiable, strict=True)
+    grads = iter(th.autograd.grad(ends, trained, end_gradients, allow_unused=True, materialize_grads=True))
+    return [next(grads) if param.requires_grad else th.zeros_like(param) for param in params]
 
 
 def _in_memory_order(tensor: th.Tensor) -> th.Tensor:

@@ -97,7 +97,8 @@ class FrameReplayBuffer(NStepReplayBuffer):
         """
         :param batch_size: Number of transitions
         :param env: To normalize rewards and observations, if given
-        :return: Drawn uniformly, with replacement, from the transitions whose frames are there
+        :return: Drawn uniformly, with replacement, from the transitions whose frames are there. Observations and next
+            observations may lie in the same memory: change them in copies.
         """
         n_rows = self.size()
         n_given_up = self._frames.n_given_up(n_rows, self.pos)
@@ -164,10 +165,6 @@ class _Stacks:
         newest = -1 if self._is_next else 0
         oldest = newest + self._frames.n_stack - 1
         return self._frames.read(rows * self._frames.n_envs + envs, envs, oldest, newest)
-
-    @property
-    def nbytes(self) -> int:
-        return self._frames.nbytes
 
 
 class _Frames:

@@ -69,7 +69,8 @@ def choose_replay_buffer_class(model: OffPolicyAlgorithm) -> None:
     :param model: Whose ``replay_buffer_class`` becomes the default one, unless the user has chosen another
     """
     chosen_by_sb3 = {"n_steps": model.n_steps, "gamma": model.gamma}
-    if model.replay_buffer_class is NStepReplayBuffer and model.replay_buffer_kwargs.items() >= chosen_by_sb3.items():
+    is_n_step = model.replay_buffer_class is NStepReplayBuffer and model.n_steps > 1
+    if is_n_step and model.replay_buffer_kwargs.items() >= chosen_by_sb3.items():
         # Loaded: SB3 would take its own choice for the user's, and warn that it ignores n_steps
         model.replay_buffer_class = None
     if model.replay_buffer_class is None:

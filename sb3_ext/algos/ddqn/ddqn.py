@@ -132,15 +132,16 @@ class DDQN(RewardNormalizationMixin, DQN):
                 _init_setup_model=False,
             )
         except AssertionError as error:
-            if isinstance(getattr(self, "action_space", None), spaces.Discrete):
+            space = getattr(self, "action_space", None)
+            if space is None or isinstance(space, spaces.Discrete):
                 raise
-            raise ValueError(f"{type(self).__name__} supports Discrete action spaces, but got {self.action_space}.") from error
+            raise ValueError(f"{type(self).__name__} supports Discrete action spaces, but got {space}.") from error
         self.double_q = double_q
-        self._check_numbers()
         if _init_setup_model:
             self._setup_model()
 
     def _setup_model(self) -> None:
+        self._check_numbers()
         choose_replay_buffer_class(self)
         super()._setup_model()
 
@@ -195,7 +196,8 @@ class DDQN(RewardNormalizationMixin, DQN):
         :return: the loss before the update, a scalar
         """
         policy, q_net = self.policy, self.policy.q_net
-        online = q_net.heads.evaluate(policy.flat, replay_data.observations, replay_data.next_observations)
+        next_observations = replay_data.next_observations if self.double_q else None
+        online = q_net.heads.evaluate(policy.flat, replay_data.observations, next_observations)
         (q_values,), (online_next_q_values,) = online.outputs, online.next_outputs
         target_q_values = self._target(replay_data, online_next_q_values, next_q_values)
         actions = replay_data.actions.long() - int(self.action_space.start)
@@ -211,7 +213,8 @@ class DDQN(RewardNormalizationMixin, DQN):
         ``dones`` is set by termination only: a truncated episode goes on in the target.
 
         :param replay_data: A batch
-        :param online_next_q_values: The online network's values in the next states, (batch, n_actions)
+        :param online_next_q_values: The online network's values in the next states, (batch, n_actions); not used unless
+            ``double_q``
         :param next_q_values: The target network's, (batch, n_actions)
         :return: ``r + discount * Q_target(s', argmax_a Q(s', a))``, (batch, 1)
         """

@@ -8,6 +8,7 @@ import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, RolloutReturn, Schedule
 from stable_baselines3.common.utils import (
@@ -18,6 +19,7 @@ from stable_baselines3.common.utils import (
     polyak_update,
     update_learning_rate,
 )
+from stable_baselines3.her import HerReplayBuffer
 from torch.nn import functional as F
 
 from sb3_ext.algos.option_critic.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, OptionCriticPolicy, Outputs, Step
@@ -178,6 +180,8 @@ class OptionCritic(RewardNormalizationMixin):
             )
         except AssertionError as error:
             space = getattr(self, "action_space", None)
+            if not isinstance(space, spaces.Box) or np.isfinite([space.low, space.high]).all():
+                raise
             raise ValueError(
                 f"{type(self).__name__} supports Box action spaces with finite bounds, but got {space}."
             ) from error
@@ -199,6 +203,7 @@ class OptionCritic(RewardNormalizationMixin):
         self.exploration_rate = exploration_initial_eps
         self._n_calls = 0
         self._rollout: list[tuple[Any, ...]] = []
+        self._options = np.zeros(0, np.int64)
         if _init_setup_model:
             self._setup_model()
 
@@ -209,13 +214,17 @@ class OptionCritic(RewardNormalizationMixin):
         check_range(self, 0, 1, "exploration_fraction", "exploration_initial_eps", "exploration_final_eps")
         check_range(self, 1, float("inf"), "buffer_size", "batch_size", "n_options", "n_epochs", "target_update_interval")
         check_range(self, 0, float("inf"), "termination_regularization", "max_grad_norm")
-        numbers = [name for name in ("ent_coef", "clip_range") if not callable(getattr(self, name))]
-        check_range(self, 0, float("inf"), *numbers)
+        schedules = ("ent_coef", "clip_range", "actor_learning_rate", "termination_learning_rate")
+        check_range(self, 0, float("inf"), *(name for name in schedules if not callable(getattr(self, name))))
 
     def _setup_model(self) -> None:
         self._check_arguments()
         if self.replay_buffer_class is None:
             self.replay_buffer_class = default_replay_buffer_class(self.observation_space, n_steps=1) or DictReplayBuffer
+        if issubclass(self.replay_buffer_class, HerReplayBuffer):
+            raise ValueError(
+                f"{type(self).__name__} does not support HerReplayBuffer: options learn to act from the goals of the rollout."
+            )
         if self.replay_buffer is None:
             # All that learns from it are the values of the options
             self.replay_buffer = self.replay_buffer_class(
@@ -227,6 +236,12 @@ class OptionCritic(RewardNormalizationMixin):
                 optimize_memory_usage=self.optimize_memory_usage,
                 **self.replay_buffer_kwargs,
             )
+        n_steps = getattr(self.replay_buffer, "n_steps", 1)
+        if n_steps > 1:
+            raise ValueError(
+                f"{type(self).__name__} supports replay buffers with n_steps=1, since options can end after each step, but got "
+                f"n_steps={n_steps}."
+            )
         given, self.policy_kwargs = self.policy_kwargs, {**self.policy_kwargs, "n_options": self.n_options}
         super()._setup_model()
         self.policy_kwargs = given
@@ -236,7 +251,9 @@ class OptionCritic(RewardNormalizationMixin):
             self.exploration_initial_eps, self.exploration_final_eps, self.exploration_fraction
         )
         self._statistics = OptionStatistics(self.n_options, self.n_envs, self._stats_window_size)
-        self._options = np.zeros(self.n_envs, np.int64)
+        # Those of a loaded model may go on
+        if len(self._options) != self.n_envs:
+            self._options = np.zeros(self.n_envs, np.int64)
 
     # ---- Acting ----
 
@@ -330,9 +347,8 @@ class OptionCritic(RewardNormalizationMixin):
         """:return: all transitions of the rollout in one batch, those of one step together, on the device"""
 
         def concatenate(*arrays: np.ndarray) -> np.ndarray:
-            batch = np.concatenate(arrays)
-            # Discrete observations, to which replay buffers give a dimension
-            return batch[:, None] if batch.ndim == 1 else batch
+            # Discrete observations, to which replay buffers give a dimension, those of a Dict space in place
+            return np.concatenate([array[:, None] if array.ndim == 1 else array for array in arrays])
 
         columns: Any = (
             obs_as_tensor(map_observations(concatenate, *column), self.device) for column in zip(*self._rollout, strict=True)
@@ -443,8 +459,8 @@ class OptionCritic(RewardNormalizationMixin):
 
     def _go_on_improving(self, rollout: Transitions, advantages: th.Tensor, old_log_probs: th.Tensor) -> None:
         """
-        The steps of the options' policies on this rollout after the first one, within the clipping range around the policies
-        that made it (Klissarov et al. 2017, "Learnings Options End-to-End for Continuous Action Tasks",
+        The steps of the options' policies on this rollout after the first one, within the clipping range around what they were
+        before it (Klissarov et al. 2017, "Learnings Options End-to-End for Continuous Action Tasks",
         https://arxiv.org/abs/1712.00004).
 
         :param rollout: The latest transitions
@@ -501,6 +517,13 @@ class OptionCritic(RewardNormalizationMixin):
 
     # ---- The rest of SB3's contract ----
 
+    def _setup_learn(
+        self, total_timesteps: int, callback: MaybeCallback = None, reset_num_timesteps: bool = True, *args: Any, **kwargs: Any
+    ) -> tuple[int, BaseCallback]:
+        if reset_num_timesteps:
+            self._statistics = OptionStatistics(self.n_options, self.n_envs, self._stats_window_size)
+        return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, *args, **kwargs)
+
     def learn(
         self: SelfOptionCritic,
         total_timesteps: int,
@@ -529,7 +552,7 @@ class OptionCritic(RewardNormalizationMixin):
         super().dump_logs()
 
     def _excluded_save_params(self) -> list[str]:
-        own = ["batch_norm_stats", "batch_norm_stats_target", "_rollout", "_outputs", "_step", "_statistics", "_options"]
+        own = ["batch_norm_stats", "batch_norm_stats_target", "_rollout", "_outputs", "_step", "_statistics"]
         return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:

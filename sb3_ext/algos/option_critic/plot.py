@@ -19,7 +19,7 @@ import torch as th
 from huggingface_sb3 import EnvironmentName
 from matplotlib.colors import ListedColormap
 from matplotlib.figure import Figure
-from stable_baselines3.common.vec_env import VecEnv
+from stable_baselines3.common.vec_env import VecEnv, unwrap_vec_normalize
 
 from sb3_ext.algos.option_critic import OptionCritic
 from sb3_ext.envs import FourRooms
@@ -36,12 +36,12 @@ class Episode(NamedTuple):
     An episode that was played.
 
     :param options: In force at each step, (length,)
-    :param observations: (length, ...)
+    :param cells: Where the agent was in Four Rooms; empty elsewhere
     :param episode_return: Sum of the rewards
     """
 
     options: np.ndarray
-    observations: Sequence[Any]
+    cells: Sequence[int]
     episode_return: float
 
 
@@ -54,20 +54,26 @@ def play(model: OptionCritic, env: VecEnv, n_episodes: int, deterministic: bool)
     :return: The episodes
     """
     episodes: list[Episode] = []
+    is_in_rooms = _rooms(env) is not None
     obs: Any = env.reset()
     state, starts = None, np.ones(1, bool)
-    options, observations, total = [], [], 0.0
+    options, cells, total = [], [], 0.0
     while len(episodes) < n_episodes:
         actions, state = model.predict(obs, state, starts, deterministic)
         assert state is not None
         options.append(int(state[0][0]))
-        observations.append({key: value[0] for key, value in obs.items()} if isinstance(obs, dict) else obs[0])
+        cells.extend(env.get_attr("position") if is_in_rooms else [])
         obs, rewards, starts, _ = env.step(actions)
         total += float(rewards[0])
         if starts[0]:
-            episodes.append(Episode(np.array(options), observations, total))
-            options, observations, total = [], [], 0.0
+            episodes.append(Episode(np.array(options), cells, total))
+            options, cells, total = [], [], 0.0
     return episodes
+
+
+def _rooms(env: VecEnv) -> FourRooms | None:
+    (unwrapped,) = env.get_attr("unwrapped")
+    return unwrapped if isinstance(unwrapped, FourRooms) else None
 
 
 def draw_timeline(episodes: Sequence[Episode], n_options: int) -> Figure:
@@ -90,21 +96,21 @@ def draw_timeline(episodes: Sequence[Episode], n_options: int) -> Figure:
     return figure
 
 
-def draw_four_rooms(model: OptionCritic, rooms: FourRooms, episodes: Sequence[Episode]) -> Figure:
+def draw_four_rooms(model: OptionCritic, rooms: FourRooms, observations: np.ndarray, episodes: Sequence[Episode]) -> Figure:
     """
     :param model: Trained on Four Rooms
     :param rooms: The environment
+    :param observations: What the model observes in each cell, (104, ...)
     :param episodes: Played there
     :return: For each option its policy as arrows, its termination probabilities, and the share of the visits to a cell in
         which it was in force
     """
-    observations = th.as_tensor(np.stack([rooms.observe(number) for number in range(len(rooms.cells))]), device=model.device)
     policy, shares = model.policy, _shares(rooms, episodes, model.n_options)
     policy.set_training_mode(False)
     figure = Figure(figsize=(9, 3 * model.n_options), layout="constrained")
     grid = figure.subplots(model.n_options, 3, squeeze=False)
     with th.no_grad():
-        hidden = policy.critic.hidden(observations)
+        hidden = policy.critic.hidden(th.as_tensor(observations, device=model.device))
         terminations = policy.terminations(hidden).cpu().numpy()
         for option, (arrows, ends, used) in enumerate(grid):
             numbers = th.full((len(rooms.cells),), option, device=model.device)
@@ -121,10 +127,8 @@ def draw_four_rooms(model: OptionCritic, rooms: FourRooms, episodes: Sequence[Ep
 def _shares(rooms: FourRooms, episodes: Sequence[Episode], n_options: int) -> np.ndarray:
     """:return: for each cell, how often each option was in force there, as a share; NaN where nobody was"""
     counts = np.zeros((len(rooms.cells), n_options))
-    cells = {rooms.observe(number).tobytes(): number for number in range(len(rooms.cells))}
     for episode in episodes:
-        for option, observation in zip(episode.options, episode.observations, strict=True):
-            counts[cells[np.asarray(observation, np.float32).tobytes()], option] += 1
+        np.add.at(counts, (np.array(episode.cells), episode.options), 1)
     totals = counts.sum(axis=1, keepdims=True)
     return np.divide(counts, totals, out=np.full_like(counts, np.nan), where=totals > 0)
 
@@ -160,9 +164,14 @@ def pictures(model: OptionCritic, env: VecEnv, deterministic: bool, n_episodes: 
     """
     episodes = play(model, env, n_episodes, deterministic)
     figures = {"options-timeline": draw_timeline(episodes, model.n_options)}
-    rooms = env.get_attr("unwrapped")[0]
-    if isinstance(rooms, FourRooms):
-        figures["options-rooms"] = draw_four_rooms(model, rooms, episodes)
+    rooms = _rooms(env)
+    # Of several frames, as VecFrameStack makes them, a cell does not say the others
+    if rooms is not None and model.observation_space == rooms.observation_space:
+        observations: Any = np.stack([rooms.observe(number) for number in range(len(rooms.cells))])
+        normalize = unwrap_vec_normalize(env)
+        if normalize is not None:
+            observations = normalize.normalize_obs(observations)
+        figures["options-rooms"] = draw_four_rooms(model, rooms, observations, episodes)
     return figures
 
 

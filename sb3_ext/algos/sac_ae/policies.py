@@ -18,6 +18,7 @@ from torch import nn
 from torch.distributions import Normal
 
 from sb3_ext.algos.sac_ae.autoencoder import ConvDecoder, ConvEncoder, init_weights
+from sb3_ext.common.adam import fused_unless
 
 
 class Actor(SACActor):
@@ -180,8 +181,8 @@ class SACAEPolicy(SACPolicy):
         )
 
     def _make_optimizer(self, params: list[nn.Parameter], learning_rate: float, **kwargs: float) -> th.optim.Optimizer:
-        fused = {"fused": True} if self.optimizer_class is th.optim.Adam else {}
-        return self.optimizer_class(params, lr=learning_rate, **{**fused, **self.optimizer_kwargs, **kwargs})  # type: ignore
+        given = fused_unless(self.optimizer_kwargs) if self.optimizer_class is th.optim.Adam else self.optimizer_kwargs
+        return self.optimizer_class(params, lr=learning_rate, **{**given, **kwargs})  # type: ignore
 
     def make_actor(self, features_extractor: BaseFeaturesExtractor | None = None) -> Actor:
         actor_kwargs = self._update_features_extractor(self.actor_kwargs, features_extractor)

@@ -11,7 +11,14 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 from stable_baselines3.common.utils import get_parameters_by_name, polyak_update
 
-from sb3_ext.algos.sac_discrete.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, SACDiscretePolicy
+from sb3_ext.algos.sac_discrete.policies import (
+    Actor,
+    CnnPolicy,
+    Critic,
+    MlpPolicy,
+    MultiInputPolicy,
+    SACDiscretePolicy,
+)
 from sb3_ext.common.adam import SingleTensorAdam
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.replay_buffer import choose_replay_buffer_class
@@ -44,7 +51,7 @@ class SACDiscrete(RewardNormalizationMixin):
     :param n_steps: Steps of the return in the target, >= 1. Rewards count in all of them, entropy only in the last state
     :param ent_coef: Entropy coefficient, >= 0; "auto" learns it, "auto_0.1" from this initial value
     :param target_update_interval: Update the target critics in every so many updates, >= 1
-    :param target_entropy: Entropy in nats that the learned coefficient aims at, > 0, or "auto"
+    :param target_entropy: Entropy in nats that the learned coefficient aims at, in [0, log(n_actions)], or "auto"
     :param target_entropy_ratio: What "auto" stands for, as a fraction of the largest entropy, ``log(n_actions)``, in [0, 1]
     :param stats_window_size: Window size for the rollout logging, in episodes
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
@@ -62,6 +69,9 @@ class SACDiscrete(RewardNormalizationMixin):
         "MultiInputPolicy": MultiInputPolicy,
     }
     policy: SACDiscretePolicy
+    actor: Actor
+    critic: Critic
+    critic_target: Critic
     action_space: spaces.Discrete
 
     def __init__(
@@ -92,30 +102,36 @@ class SACDiscrete(RewardNormalizationMixin):
         device: th.device | str = "auto",
         _init_setup_model: bool = True,
     ) -> None:
-        super().__init__(
-            policy,
-            env,
-            learning_rate,
-            buffer_size,
-            learning_starts,
-            batch_size,
-            tau,
-            gamma,
-            train_freq,
-            gradient_steps,
-            replay_buffer_class=replay_buffer_class,
-            replay_buffer_kwargs=replay_buffer_kwargs,
-            optimize_memory_usage=optimize_memory_usage,
-            n_steps=n_steps,
-            policy_kwargs=policy_kwargs,
-            stats_window_size=stats_window_size,
-            tensorboard_log=tensorboard_log,
-            verbose=verbose,
-            device=device,
-            support_multi_env=True,
-            seed=seed,
-            sde_support=False,
-        )
+        try:
+            super().__init__(
+                policy,
+                env,
+                learning_rate,
+                buffer_size,
+                learning_starts,
+                batch_size,
+                tau,
+                gamma,
+                train_freq,
+                gradient_steps,
+                replay_buffer_class=replay_buffer_class,
+                replay_buffer_kwargs=replay_buffer_kwargs,
+                optimize_memory_usage=optimize_memory_usage,
+                n_steps=n_steps,
+                policy_kwargs=policy_kwargs,
+                stats_window_size=stats_window_size,
+                tensorboard_log=tensorboard_log,
+                verbose=verbose,
+                device=device,
+                support_multi_env=True,
+                seed=seed,
+                sde_support=False,
+            )
+        except AssertionError:
+            # SB3's message about Box actions without bounds does not name what is supported here
+            if hasattr(self, "action_space"):
+                self._check_spaces()
+            raise
         self.ent_coef = ent_coef
         self.target_update_interval = target_update_interval
         self.target_entropy = target_entropy
@@ -125,13 +141,19 @@ class SACDiscrete(RewardNormalizationMixin):
         if _init_setup_model:
             self._setup_model()
 
-    def _check_arguments(self) -> None:
+    def _check_spaces(self) -> None:
         if not isinstance(self.action_space, spaces.Discrete):
             raise ValueError(f"{type(self).__name__} supports Discrete action spaces, but got {self.action_space}.")
+
+    def _check_arguments(self) -> None:
+        self._check_spaces()
         check_range(self, 0, 1, "tau", "gamma", "target_entropy_ratio")
         check_range(self, 1, float("inf"), "buffer_size", "batch_size", "n_steps", "target_update_interval")
-        if isinstance(self.target_entropy, str) and self.target_entropy != "auto":
-            raise ValueError(f'target_entropy must be a number or "auto", but got {self.target_entropy!r}.')
+        if self.target_entropy != "auto":
+            if isinstance(self.target_entropy, str):
+                raise ValueError(f'target_entropy must be a number or "auto", but got {self.target_entropy!r}.')
+            # Below 0, as for the densities of SB3's SAC, it would mean that the coefficient only falls
+            check_range(self, 0, math.log(self.action_space.n), "target_entropy")
         learned, value = self._parse_ent_coef()
         if value < 0 or (learned and value == 0):
             raise ValueError(f'ent_coef must be at least 0, and more than 0 after "auto_", but got {self.ent_coef!r}.')
@@ -149,6 +171,8 @@ class SACDiscrete(RewardNormalizationMixin):
         self._check_arguments()
         choose_replay_buffer_class(self)
         super()._setup_model()
+        # As SB3's SAC
+        self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
         self.batch_norm_stats = get_parameters_by_name(self.policy.critic, ["running_"])
         self.batch_norm_stats_target = get_parameters_by_name(self.policy.critic_target, ["running_"])
         learned, value = self._parse_ent_coef()
@@ -315,7 +339,8 @@ class SACDiscrete(RewardNormalizationMixin):
         )
 
     def _excluded_save_params(self) -> list[str]:
-        return [*super()._excluded_save_params(), "batch_norm_stats", "batch_norm_stats_target"]
+        own = ["actor", "critic", "critic_target", "batch_norm_stats", "batch_norm_stats_target"]
+        return [*super()._excluded_save_params(), *own]
 
     def _get_torch_save_params(self) -> tuple[list[str], list[str]]:
         state_dicts = ["policy", "policy.actor_optimizer", "policy.critic_optimizer"]

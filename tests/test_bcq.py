@@ -395,6 +395,7 @@ def test_shipped_data_and_hyperparameters_beat_the_behaviour(env_id, n_updates, 
         ("perturbation_scale", -0.1),
         ("n_target_candidates", 0),
         ("n_acting_candidates", 0),
+        ("latent_dim", 0),
         ("latent_clip", -1.0),
         ("kl_weight", -1.0),
         ("action_threshold", 1.01),
@@ -412,6 +413,10 @@ def test_observation_normalization_is_refused_with_advice():
     data = random_replay_buffer(env)
     with pytest.raises(DatasetError, match="norm_obs=False"):
         BCQ("MlpPolicy", VecNormalize(env), data)
+    model = BCQ("MlpPolicy", env, data)
+    model.set_env(VecNormalize(make_vec_env(MatchEnv)))
+    with pytest.raises(DatasetError, match="norm_obs=False"):
+        model.learn(1)
 
 
 def test_divergence_is_a_value_error():

@@ -52,10 +52,10 @@ def test_unknown(source: Any, minari_root: Path):
     write_dataset(minari_root / "mine" / "data-v3", *PENDULUM_SPACES, pendulum_episodes())
     asked = "No data set was given" if source is None else f"'{source}'"
     commands = (
-        "python -m rl_zoo3.train --algo sac --env Pendulum-v1 -f logs",
-        "python -m sb3_ext.offline.collect --algo sac --env Pendulum-v1 -f logs --n-episodes 500 "
-        "--dataset-id Pendulum-v1/sac-v0",
-        "python -m rl_zoo3.train --algo bcq --env Pendulum-v1 -params dataset:\"'Pendulum-v1/sac-v0'\"",
+        "python -m rl_zoo3.train --algo ppo --env Pendulum-v1 -f logs",
+        "python -m sb3_ext.offline.collect --algo ppo --env Pendulum-v1 -f logs --n-episodes 500 "
+        "--dataset-id Pendulum-v1/ppo-v0",
+        "python -m rl_zoo3.train --algo bcq --env Pendulum-v1 -params dataset:\"'Pendulum-v1/ppo-v0'\"",
     )
     shipped = "sb3-ext/cartpole/replay-v0, sb3-ext/pendulum/replay-v0"
     assert_message(errors.DatasetNotFoundError, source, asked, "mine/data-v3", shipped, *commands)
@@ -118,6 +118,25 @@ def test_episode_is_missing(dataset: Path):
         del file["episode_1"]
 
     assert_message(errors.CorruptDatasetError, damage(dataset, change), "episode_1")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("observations", (4, 4), r"the observations of a step have the shape \(4,\)"),
+        ("observations/inner", (4, 3), r"the observations are \['inner'\]"),
+        ("actions", (3, 2), r"the actions of a step have the shape \(2,\)"),
+        ("rewards", (3, 1), r"the rewards have the shape \(3, 1\)"),
+        ("terminations", (3, 1), r"the terminations have the shape \(3, 1\)"),
+    ],
+)
+def test_shapes_contradict_the_spaces(dataset: Path, name: str, shape: tuple[int, ...], message: str):
+    def change(file: h5py.File) -> None:
+        del file[f"episode_0/{name.split('/')[0]}"]
+        file[f"episode_0/{name}"] = np.zeros(shape, np.float32)
+
+    with pytest.raises(errors.CorruptDatasetError, match=rf"In episode 0 of .*{message}"):
+        load_dataset(damage(dataset, change), *PENDULUM_SPACES)
 
 
 def test_lengths_contradict(dataset: Path):

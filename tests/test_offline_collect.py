@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gymnasium as gym
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 from gymnasium import spaces
 from stable_baselines3 import PPO
+from stable_baselines3.common.atari_wrappers import EpisodicLifeEnv
 from stable_baselines3.common.envs import FakeImageEnv, SimpleMultiObsEnv
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
@@ -366,5 +368,42 @@ def test_normalised_and_stacked_observations_are_refused():
     with pytest.raises(errors.AgentError, match="frame_stack"):
         insert_recorder(env, lambda *_: None)
     rewards_only = VecFrameStack(VecNormalize(DummyVecEnv([lambda: gym.make("CartPole-v1")]), norm_obs=False), 2)
-    _, recorder = insert_recorder(rewards_only, lambda *_: None)
+    episodes: list[Episode] = []
+    env, recorder = insert_recorder(rewards_only, lambda _, episode: episodes.append(episode))
     assert isinstance(recorder.observation_space, spaces.Box) and recorder.observation_space.shape == (8,)
+    env.reset()
+    while not episodes:
+        _, rewards, _, _ = env.step(np.array([0]))
+    # As the environment gives them, and not what the agent learns from
+    assert rewards[0] != 1.0 and (episodes[0].rewards == 1.0).all()
+
+
+class Lives(gym.Env):
+    """A game of three lives of random lengths, each of them an episode."""
+
+    observation_space, action_space = spaces.Box(0, 1, (1,)), spaces.Discrete(2)
+
+    def __init__(self) -> None:
+        # As in Atari
+        self.ale = SimpleNamespace(lives=lambda: self.n_lives)
+
+    def reset(self, *, seed: int | None = None, options: Any = None) -> tuple[np.ndarray, dict[str, Any]]:
+        super().reset(seed=seed)
+        self.n_lives = 3
+        return self._observation(), {}
+
+    def _observation(self) -> np.ndarray:
+        return self.np_random.random(1).astype(np.float32)
+
+    def step(self, action: int) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        self.n_lives -= int(self.np_random.random() < 0.3)
+        return self._observation(), 1.0, self.n_lives == 0, False, {}
+
+
+def test_a_round_depends_on_its_seed_only_where_lives_are_episodes():
+    def play(first_seeds: list[int]) -> Episode:
+        env, recorder = insert_recorder(DummyVecEnv([lambda: EpisodicLifeEnv(Lives())]), lambda *_: None)
+        agent = collect.Agent(PPO("MlpPolicy", env, n_steps=8, batch_size=8, seed=0), env)
+        return [collect.play_round(agent, recorder, seed)[0] for seed in first_seeds][-1]
+
+    np.testing.assert_array_equal(play([1, 2, 3]).observations[""], play([3]).observations[""])

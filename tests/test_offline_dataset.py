@@ -3,6 +3,7 @@ import os
 import pickle
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,10 @@ from minari.data_collector import EpisodeBuffer
 from offline_data import PENDULUM_SPACES, RecordedEpisode, pendulum_episodes, write_dataset
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 
+from sb3_ext import FrameReplayBuffer
 from sb3_ext.offline import TransitionDataset, load_dataset
 from sb3_ext.offline.catalog import SHIPPED_ROOT
+from sb3_ext.offline.sources import open_source
 from sb3_ext.offline.storage import ReadAhead
 
 ON_DISK = pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
@@ -127,6 +130,15 @@ def test_image_observations_and_jpeg(tmp_path: Path, monkeypatch: pytest.MonkeyP
     np.testing.assert_allclose(samples.next_observations[:, 2, 5, 7], [90, 170], atol=2)
 
 
+def test_bytes_that_are_no_images(tmp_path: Path):
+    # As a data set that Minari makes says by default
+    space = spaces.Box(0, 255, (6,), np.uint8)
+    observations = np.arange(18, dtype=np.uint8).reshape(3, 6)
+    episode = RecordedEpisode(observations, np.array([0, 1]), np.array([0.0, 1.0]))
+    folder = write_dataset(tmp_path / "data", space, spaces.Discrete(2), [episode], jpeg_encoding=True)
+    assert everything(load_dataset(folder, space, spaces.Discrete(2))).observations.tolist() == observations[:2].tolist()
+
+
 def test_pieces_of_long_episodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """An episode that is read in many pieces has no seams."""
     monkeypatch.setattr("sb3_ext.offline.sources.PIECE_NBYTES", 100)
@@ -227,6 +239,29 @@ def test_full_replay_buffer_is_read_in_the_order_of_time():
     assert dataset.nbytes == 5 * 6 * 4 + 4 * 4
 
 
+@ON_DISK
+def test_frame_replay_buffer(on_disk: bool):
+    """Episodes so short that frames of the oldest transitions are gone: what is left is what a plain buffer holds."""
+    space, n_rows = spaces.Box(0, 255, (4, 13, 14), np.uint8), 40
+    frames = FrameReplayBuffer(n_rows, space, spaces.Discrete(2), device="cpu")
+    plain = ReplayBuffer(n_rows, space, spaces.Discrete(2), device="cpu")
+    rng, stack = np.random.default_rng(0), np.zeros(space.shape, np.uint8)
+    for i in range(100):
+        next_stack = np.concatenate([stack[1:], rng.integers(0, 256, (1, 13, 14), np.uint8)])
+        done = i % 6 == 5
+        for buffer in (frames, plain):
+            infos = [{"TimeLimit.truncated": i % 12 == 5}]
+            buffer.add(stack[None], next_stack[None], np.array([[i % 2]]), np.array([i]), np.array([done]), infos)
+        stack = rng.integers(0, 256, space.shape, np.uint8) if done else next_stack
+    assert frames.n_given_up > 0
+    ours, expected = (
+        everything(load_dataset(buffer, space, spaces.Discrete(2), optimize_memory_usage=on_disk))
+        for buffer in (frames, plain)
+    )
+    for actual, wanted in zip(ours[:5], expected[:5], strict=True):
+        th.testing.assert_close(actual, wanted[frames.n_given_up :], rtol=0, atol=0)
+
+
 def test_replay_buffer_without_a_done_between_episodes():
     """Learning that was continued starts anew without the last episode having ended."""
     buffer = fill(
@@ -311,6 +346,37 @@ def test_rows_on_disk_are_written_once_and_checked(tmp_path: Path):
     os.utime(folder / "data" / "main_data.hdf5", ns=(1, 1))
     load()
     assert len(rows_folders(folder)) == 2, "a changed data set is read again"
+
+
+@pytest.mark.parametrize("is_damaged", [False, True])
+def test_rows_that_another_process_writes_at_the_same_time(tmp_path: Path, is_damaged: bool):
+    folder = write_dataset(tmp_path / "data", *PENDULUM_SPACES, pendulum_episodes())
+    source = open_source(folder)
+    if is_damaged:
+        load_dataset(folder, *PENDULUM_SPACES, optimize_memory_usage=True)
+        (rows,) = rows_folders(folder)
+        (rows / "floats").write_bytes(b"")
+    read, inodes = source.pieces, []
+
+    def pieces() -> Iterator[Any]:
+        yield from read()
+        # The other one is ready first
+        other: Any = load_dataset(folder, *PENDULUM_SPACES, optimize_memory_usage=True)
+        inodes.append((other._rows.path / "floats").stat().st_ino)
+
+    source.pieces = pieces  # type: ignore[method-assign]
+    dataset = TransitionDataset(source, *PENDULUM_SPACES, optimize_memory_usage=True)
+    assert_transitions(dataset, pendulum_episodes())
+    (rows,) = rows_folders(folder)
+    assert [(rows / "floats").stat().st_ino] == inodes
+
+
+def test_what_is_read_ahead_has_room_for_its_indices(tmp_path: Path):
+    buffer = fill(pendulum_buffer(n_envs=1), [step([0.0], [0.1], [0.0], [False], [False])])
+    rows: Any = load_dataset(buffer, *PENDULUM_SPACES, optimize_memory_usage=True)._rows
+    # Six numbers of a row, and the observation behind them
+    ahead = ReadAhead(rows, 1_000_000, row_nbytes=36, max_nbytes=100_000)
+    assert ahead._max_transitions == 1000
 
 
 def test_rows_of_data_in_memory_go_with_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -90,6 +90,10 @@ def test_continuing_a_saved_agent(wheel_installation, tmp_path):
     saved = "logs/bcq/CartPole-v1_1/CartPole-v1.zip"
     wheel_installation.zoo("train", "--algo", "bcq", "-n", "10", "--eval-freq", "-1", "-i", saved, cwd=tmp_path)
     assert (tmp_path / saved.replace("v1_1", "v1_2")).is_file()
+    command = ["train", "--algo", "bcq", "-n", "10", "-i", saved, "-params", "dataset:'nobody/made-this-v0'"]
+    process = wheel_installation.zoo(*command, cwd=tmp_path, check=False)
+    assert process.returncode == DatasetNotFoundError.exit_status
+    assert "sb3-ext: error: " in process.stderr and "Traceback" not in process.stderr
 
 
 def test_plots(wheel_installation, tmp_path):

@@ -100,8 +100,7 @@ class FrameReplayBuffer(NStepReplayBuffer):
         :return: Drawn uniformly, with replacement, from the transitions whose frames are there. Observations and next
             observations may lie in the same memory: change them in copies.
         """
-        n_rows = self.size()
-        n_given_up = self._frames.n_given_up(n_rows, self.pos)
+        n_rows, n_given_up = self.size(), self.n_given_up
         rows = np.random.randint(n_given_up, n_rows, size=batch_size)
         if n_given_up:
             # Counted from the oldest
@@ -134,6 +133,11 @@ class FrameReplayBuffer(NStepReplayBuffer):
     def to_torch(self, array: np.ndarray, copy: bool = True) -> th.Tensor:
         # All that is sampled has been copied by indexing
         return th.from_numpy(array).to(self.device)
+
+    @property
+    def n_given_up(self) -> int:
+        """How many of the oldest rows are not sampled, since frames of theirs are no longer there."""
+        return self._frames.n_given_up(self.size(), self.pos)
 
     @property
     def nbytes(self) -> int:

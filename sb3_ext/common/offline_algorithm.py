@@ -19,6 +19,7 @@ from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, Schedule
 from stable_baselines3.common.utils import safe_mean
 
+from sb3_ext.common.arguments import check_range
 from sb3_ext.offline import TransitionDataset, load_dataset
 from sb3_ext.offline.errors import NormalizedEnvError
 
@@ -105,10 +106,8 @@ class OfflineAlgorithm(BaseAlgorithm):
         if env is not None and not isinstance(self.action_space, supported_action_spaces):
             names = " or ".join(space.__name__ for space in supported_action_spaces)
             raise ValueError(f"{type(self).__name__} supports {names} action spaces, but got {self.action_space}.")
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1, but got {batch_size}.")
-        if not 0.0 <= gamma <= 1.0:
-            raise ValueError(f"gamma must be in [0, 1], but got {gamma}.")
+        check_range(self, 1, float("inf"), "batch_size")
+        check_range(self, 0, 1, "gamma")
 
     def _setup_model(self) -> None:
         self._setup_lr_schedule()
@@ -131,13 +130,16 @@ class OfflineAlgorithm(BaseAlgorithm):
         """Arguments of the policy that are constructor parameters of the algorithm."""
         return {}
 
-    def _load_transitions(self) -> None:
+    def _check_env(self) -> None:
         if self._vec_normalize_env is not None and self._vec_normalize_env.norm_obs:
             raise NormalizedEnvError(
                 "The training environment normalizes observations (VecNormalize), but the data set holds raw ones. Switch "
                 "that off: VecNormalize(env, norm_obs=False), or in the zoo's yml leave `normalize` out or write "
                 '`normalize: "dict(norm_obs=False, norm_reward=True)"`.'
             )
+
+    def _load_transitions(self) -> None:
+        self._check_env()
         spec = None if self.env is None else self.env.get_attr("spec")[0]
         self.transitions = load_dataset(
             self.dataset,
@@ -161,6 +163,8 @@ class OfflineAlgorithm(BaseAlgorithm):
     ) -> tuple[int, BaseCallback]:
         if self.env is None:
             raise ValueError("Learning needs an environment for its spaces and for evaluation: call set_env(env) first.")
+        # It may be another one than that for which the data were read
+        self._check_env()
         if self.transitions is None:
             self._load_transitions()
         return super()._setup_learn(total_timesteps, callback, reset_num_timesteps, tb_log_name, progress_bar)

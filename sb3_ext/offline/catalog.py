@@ -3,9 +3,6 @@
 import os
 from pathlib import Path
 
-import gymnasium as gym
-from gymnasium import spaces
-
 from sb3_ext.offline.errors import CorruptDatasetError, DatasetNotFoundError
 
 SHIPPED_ROOT = Path(__file__).parent / "datasets"
@@ -90,22 +87,14 @@ def not_found(source: object, env_id: str | None) -> DatasetNotFoundError:
 
 def making_commands(env_id: str) -> str:
     """
-    :param env_id: id of a registered environment
+    :param env_id: id of an environment
     :return: the commands that train an agent, record its episodes, and train on them
     """
-    continuous = env_id in gym.registry and isinstance(_action_space(env_id), spaces.Box)
-    algo = "sac" if continuous else "ppo"
-    dataset_id = f"{env_id.split(':')[-1]}/{algo}-v0"
+    dataset_id = f"{env_id.split(':')[-1]}/ppo-v0"
     return (
-        f"  python -m rl_zoo3.train --algo {algo} --env {env_id} -f logs\n"
-        f"  python -m sb3_ext.offline.collect --algo {algo} --env {env_id} -f logs --n-episodes 500 "
+        f"  python -m rl_zoo3.train --algo ppo --env {env_id} -f logs\n"
+        f"  python -m sb3_ext.offline.collect --algo ppo --env {env_id} -f logs --n-episodes 500 "
         f"--dataset-id {dataset_id}\n"
         f"and then to train on it:\n"
         f"  python -m rl_zoo3.train --algo bcq --env {env_id} -params dataset:\"'{dataset_id}'\""
     )
-
-
-def _action_space(env_id: str) -> spaces.Space:
-    env = gym.make(env_id)
-    env.close()
-    return env.action_space

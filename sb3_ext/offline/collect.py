@@ -202,6 +202,9 @@ def play_round(agent: Agent, recorder: EpisodeRecorder, first_seed: int) -> list
     # Of each environment the first episode
     recorder.on_episode = episodes.setdefault  # type: ignore[assignment]
     agent.start(first_seed)
+    if agent.env.has_attr("was_real_done"):
+        # EpisodicLifeEnv would go on with the game before, whatever the seed
+        agent.env.env_method("set_wrapper_attr", "was_real_done", True)
     agent.env.seed(first_seed)
     observations = agent.env.reset()
     while len(episodes) < agent.env.num_envs:

@@ -52,7 +52,7 @@ class TransitionDataset:
             raise EmptyDatasetError(f"The data set '{source.name}' holds no transition.")
 
         self._layout = Layout(observation_space, action_space)
-        checker = ValueChecker(source.name, action_space)
+        checker = ValueChecker(source.name, source.observation_space, action_space)
         pieces = checker.check_all(source.pieces())
         self._rows: MemoryRows | DiskRows
         self._read_ahead: ReadAhead | None = None

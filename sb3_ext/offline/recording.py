@@ -5,7 +5,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper, VecFrameStack, VecNormalize, VecTransposeImage
+from stable_baselines3.common.vec_env import (
+    VecEnv,
+    VecEnvWrapper,
+    VecFrameStack,
+    VecNormalize,
+    VecTransposeImage,
+    unwrap_vec_normalize,
+)
 from stable_baselines3.common.vec_env.base_vec_env import VecEnvObs, VecEnvStepReturn
 
 from sb3_ext.offline.errors import AgentError
@@ -56,13 +63,15 @@ class EpisodeRecorder(VecEnvWrapper):
     """
     Passes everything through and hands over each episode when it is finished.
 
-    :param venv: environments whose observations, actions and rewards are recorded as they are
+    :param venv: environments whose observations and actions are recorded as they are, and rewards as they are before
+        ``VecNormalize``
     :param on_episode: called with the number of the environment and its episode
     """
 
     def __init__(self, venv: VecEnv, on_episode: Callable[[int, Episode], None]) -> None:
         super().__init__(venv)
         self.on_episode = on_episode
+        self._normalize = unwrap_vec_normalize(venv)
         self._steps: list[_Steps] = []
         self._actions: np.ndarray
 
@@ -77,9 +86,10 @@ class EpisodeRecorder(VecEnvWrapper):
 
     def step_wait(self) -> VecEnvStepReturn:
         observations, rewards, dones, infos = self.venv.step_wait()
+        raw_rewards = rewards if self._normalize is None else self._normalize.get_original_reward()
         for i, steps in enumerate(self._steps):
             steps.actions.append(self._actions[i])
-            steps.rewards.append(float(rewards[i]))
+            steps.rewards.append(float(raw_rewards[i]))
             if dones[i]:
                 # The environment has been reset already
                 steps.observations.append(infos[i]["terminal_observation"])

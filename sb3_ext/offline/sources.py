@@ -12,6 +12,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.save_util import load_from_pkl
 
+from sb3_ext.common.frame_replay_buffer import FrameReplayBuffer
 from sb3_ext.offline.catalog import find_folder, not_found
 from sb3_ext.offline.errors import CorruptDatasetError, PickleConsentError, UnsupportedDataError
 from sb3_ext.offline.layout import Observations, Piece
@@ -189,15 +190,18 @@ class MinariSource(Source):
                 yield Piece(
                     episode,
                     start,
-                    {key: self._decode(array[start : stop + last]) for key, array in observations.items()},
+                    {key: self._decode(key, array[start : stop + last]) for key, array in observations.items()},
                     group["actions"][start:stop],
                     group["rewards"][start:stop],
                     group["terminations"][start:stop],
                 )
 
-    def _decode(self, array: np.ndarray) -> np.ndarray:
+    def _decode(self, key: str, array: np.ndarray) -> np.ndarray:
         """Images are kept as JPEG files, each an array of bytes, unless the data set says otherwise."""
-        if self._jpeg and (array.dtype == object or (array.dtype == np.uint8 and array.ndim == 2)):
+        from minari.dataset.minari_storage import is_image_space
+
+        space = self.observation_space[key] if isinstance(self.observation_space, spaces.Dict) else self.observation_space
+        if self._jpeg and is_image_space(space) and (array.dtype == object or array.ndim == 2):
             from PIL import Image
 
             return np.stack([np.asarray(Image.open(io.BytesIO(frame))) for frame in array])
@@ -255,6 +259,8 @@ class BufferSource(Source):
         self._buffer = buffer
         # Oldest first: a full buffer continues at its start
         self._order = np.roll(np.arange(buffer.size()), -buffer.pos if buffer.full else 0)
+        if isinstance(buffer, FrameReplayBuffer):
+            self._order = self._order[buffer.n_given_up :]
         self._ends = [self._episode_ends(env) for env in range(buffer.n_envs)]
         self.lengths = np.concatenate([np.diff(ends, prepend=0) for ends in self._ends])
 
@@ -262,13 +268,18 @@ class BufferSource(Source):
         arrays = self._buffer.next_observations if next_observations else self._buffer.observations
         return arrays if isinstance(self._buffer, DictReplayBuffer) else {"": arrays}  # type: ignore[return-value]
 
+    def _piece_size(self) -> int:
+        """:return: steps in a piece"""
+        step_nbytes = sum(array[self._order[:1], 0].nbytes for array in self._observations().values())
+        return max(PIECE_NBYTES // max(step_nbytes, 1), 1)
+
     def _episode_ends(self, env: int) -> np.ndarray:
         """:return: the number of transitions before the end of each episode of one environment"""
         if len(self._order) == 0:
             return np.zeros(0, dtype=np.int64)
         ends = self._buffer.dones[self._order, env] != 0
         here, there = self._order[:-1], self._order[1:]
-        size = max(PIECE_NBYTES // sum(array[0, env].nbytes or 1 for array in self._observations().values()), 1)
+        size = self._piece_size()
         for start in range(0, len(here), size):
             part = slice(start, start + size)
             for key, array in self._observations().items():
@@ -279,8 +290,7 @@ class BufferSource(Source):
 
     def pieces(self) -> Iterator[Piece]:
         buffer, episode = self._buffer, 0
-        step_nbytes = sum(array[0, 0].nbytes for array in self._observations().values()) if self.lengths.size else 1
-        size = max(PIECE_NBYTES // step_nbytes, 1)
+        size = self._piece_size()
         for env, ends in enumerate(self._ends):
             begin = 0
             for end in ends:

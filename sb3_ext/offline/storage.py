@@ -23,6 +23,8 @@ FORMAT = 1
 _WINDOW = 2**20
 # Reading on takes less time than a second read while no more than this many bytes are skipped
 _GAP = 2**17
+# Of the numbers that finding a transition takes, while it is read ahead
+_INDEX_NBYTES = 64
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -135,9 +137,16 @@ class DiskRows:
         if path is None:
             weakref.finalize(self, shutil.rmtree, temporary, ignore_errors=True)
             return temporary
-        # Files that were damaged are replaced
-        shutil.rmtree(path, ignore_errors=True)
-        temporary.rename(path)
+        if path.exists() and not self._is_complete(path):
+            # Files that were damaged are replaced
+            shutil.rmtree(path, ignore_errors=True)
+        try:
+            temporary.rename(path)
+        except OSError:
+            # Another process has written them meanwhile
+            shutil.rmtree(temporary, ignore_errors=True)
+            if not self._is_complete(path):
+                raise
         return path
 
     def gather(self, indices: th.Tensor) -> dict[str, th.Tensor]:
@@ -221,13 +230,13 @@ class ReadAhead:
     :param rows: to gather from
     :param n_transitions: how many there are
     :param row_nbytes: bytes gathered per transition
-    :param max_nbytes: upper bound of what is gathered at once, unless one batch is more
+    :param max_nbytes: upper bound of what is gathered at once and of the indices for it, unless one batch is more
     """
 
     def __init__(self, rows: DiskRows, n_transitions: int, row_nbytes: int, max_nbytes: int = 15 * 2**24) -> None:
         self._rows = rows
         self._n_transitions = n_transitions
-        self._max_transitions = min(max_nbytes // row_nbytes, n_transitions)
+        self._max_transitions = min(max_nbytes // (row_nbytes + _INDEX_NBYTES), n_transitions)
         self._batches: list[th.Tensor] = []
         # Room for everything that is ever read ahead; what is not used takes no memory
         self._buffers = rows.new_buffers(self._max_transitions)

@@ -11,6 +11,7 @@ from stable_baselines3.common.vec_env import VecTransposeImage
 from sb3_ext.offline.errors import (
     ActionRangeError,
     ActionTypeError,
+    CorruptDatasetError,
     NonFiniteDataError,
     SpaceMismatchError,
 )
@@ -71,12 +72,15 @@ class ValueChecker:
     Collects what is wrong with the values while a data set is read, so that the message can count all of it.
 
     :param name: of the data set, for the message
+    :param observation_space: of the data set
     :param action_space: of the environment
     """
 
-    def __init__(self, name: str, action_space: spaces.Space) -> None:
+    def __init__(self, name: str, observation_space: spaces.Space, action_space: spaces.Space) -> None:
         self.name = name
         self.action_space = action_space
+        subspaces = observation_space.spaces if isinstance(observation_space, spaces.Dict) else {"": observation_space}
+        self._sizes = {key: int(np.prod(space.shape or ())) for key, space in subspaces.items()}
         self._non_finite: dict[str, _Problem] = {}
         self._out_of_range = _Problem(0, "")
 
@@ -95,7 +99,9 @@ class ValueChecker:
         """
         :param piece: steps to check
         :return: the same steps; actions that are outside the action space by rounding only are clipped to it
+        :raises CorruptDatasetError: when an array does not have the shape that the spaces of the data set say
         """
+        self._check_shapes(piece)
         fields = {f"observations{f'[{key!r}]' if key else ''}": array for key, array in piece.observations.items()}
         for field, array in (*fields.items(), ("actions", piece.actions), ("rewards", piece.rewards)):
             # The rows are float32, in which large float64 values become infinite
@@ -106,6 +112,27 @@ class ValueChecker:
                 first = known.first if known else self._where(piece, bad)
                 self._non_finite[field] = _Problem((known.n_values if known else 0) + int(bad.sum()), first)
         return piece._replace(actions=self._check_actions(piece))
+
+    def _check_shapes(self, piece: Piece) -> None:
+        if piece.observations.keys() != self._sizes.keys():
+            raise CorruptDatasetError(
+                f"In episode {piece.episode} of '{self.name}', the observations are {sorted(piece.observations)}, but their space "
+                f"has {sorted(self._sizes)}."
+            )
+        sizes = {"actions": (piece.actions, int(np.prod(self.action_space.shape or ())))}
+        sizes.update({f"observations {key}".strip(): (array, self._sizes[key]) for key, array in piece.observations.items()})
+        for name, (array, size) in sizes.items():
+            if np.prod(array.shape[1:]) != size:
+                raise CorruptDatasetError(
+                    f"In episode {piece.episode} of '{self.name}', the {name} of a step have the shape {array.shape[1:]}, which "
+                    "does not fit their space."
+                )
+        for name, array in (("rewards", piece.rewards), ("terminations", piece.terminations)):
+            if array.ndim != 1:
+                raise CorruptDatasetError(
+                    f"In episode {piece.episode} of '{self.name}', the {name} have the shape {array.shape}, but one number for "
+                    "each step is needed."
+                )
 
     def _check_actions(self, piece: Piece) -> np.ndarray:
         if isinstance(self.action_space, spaces.Discrete):

@@ -84,7 +84,7 @@ def report_unusable_data(exp_manager: Any) -> None:
     from sb3_ext.offline.errors import DatasetError
 
     manager = exp_manager.ExperimentManager
-    setup_experiment, objective = manager.setup_experiment, manager.objective
+    setup_experiment, learn, objective = manager.setup_experiment, manager.learn, manager.objective
 
     def leave(error: DatasetError) -> NoReturn:
         print(f"sb3-ext: error: {error}", file=sys.stderr)
@@ -97,6 +97,14 @@ def report_unusable_data(exp_manager: Any) -> None:
         except DatasetError as error:
             leave(error)
 
+    @functools.wraps(learn)
+    def learn_or_leave(self: Any, model: Any) -> None:
+        try:
+            learn(self, model)
+        except DatasetError as error:
+            # A trained agent, given with -i, reads its data only now
+            leave(error)
+
     @functools.wraps(objective)
     def evaluate_or_leave(self: Any, trial: Trial) -> float:
         try:
@@ -106,7 +114,7 @@ def report_unusable_data(exp_manager: Any) -> None:
             trial.study.tell(trial, state=TrialState.FAIL)
             leave(error)
 
-    manager.setup_experiment, manager.objective = setup_or_leave, evaluate_or_leave
+    manager.setup_experiment, manager.learn, manager.objective = setup_or_leave, learn_or_leave, evaluate_or_leave
 
 
 def read_schedules(exp_manager: Any) -> None:

@@ -49,7 +49,7 @@ class BCQ(OfflineAlgorithm):
     :param learning_rate: Learning rate of every optimizer, > 0; it can be a function of the current progress
         remaining (from 1 to 0)
     :param batch_size: Number of transitions in one update, >= 1
-    :param tau: Polyak coefficient of the target networks, in (0, 1]; 1 copies
+    :param tau: Polyak coefficient of the target networks, in [0, 1]; 1 copies
     :param gamma: Discount factor, in [0, 1]
     :param target_update_interval: Update the target networks every so many gradient updates, >= 1
     :param min_q_weight: Box only. Weight of the critics' minimum in the target, in [0, 1]; the rest goes to their
@@ -57,10 +57,10 @@ class BCQ(OfflineAlgorithm):
     :param perturbation_scale: Box only. Largest perturbation of an action, in units of half the action range,
         in [0, 1] (Phi in the paper); 0 switches the perturbation off
     :param n_target_candidates: Box only. Candidate actions in the target, >= 1
-    :param n_acting_candidates: Box only. Candidate actions when acting, >= 1
+    :param n_acting_candidates: Box only. Candidate actions when acting, >= 1. A model that is loaded has as many as before
     :param latent_dim: Box only. Size of the generative model's latent vector, >= 1 (None: twice the number of action
         dimensions)
-    :param latent_clip: Box only. Latent samples are clipped to [-latent_clip, latent_clip], > 0
+    :param latent_clip: Box only. Latent samples are clipped to [-latent_clip, latent_clip], >= 0
     :param kl_weight: Box only. Weight of the Kullback-Leibler divergence in the loss of the generative model, >= 0
     :param action_threshold: Discrete only. An action is allowed if the imitation head gives it at least this fraction
         of the probability of the most likely action, in [0, 1]; 0 is plain double Q-learning, 1 is behaviour cloning
@@ -160,7 +160,9 @@ class BCQ(OfflineAlgorithm):
 
     def _check_parameters(self) -> None:
         check_range(self, 0, 1, "tau", "min_q_weight", "perturbation_scale", "action_threshold")
-        check_range(self, 1, float("inf"), "target_update_interval", "n_target_candidates", "n_acting_candidates")
+        check_range(
+            self, 1, float("inf"), "target_update_interval", "n_target_candidates", "n_acting_candidates", "latent_dim"
+        )
         check_range(self, 0, float("inf"), "latent_clip", "kl_weight", "logit_penalty")
 
     def _policy_arguments(self) -> dict[str, Any]:

@@ -239,8 +239,8 @@ class OptionCritic(RewardNormalizationMixin):
         n_steps = getattr(self.replay_buffer, "n_steps", 1)
         if n_steps > 1:
             raise ValueError(
-                f"{type(self).__name__} supports replay buffers with n_steps=1, since options can end after each step, but got "
-                f"n_steps={n_steps}."
+                f"{type(self).__name__} supports replay buffers with n_steps=1, since options can end after each step, "
+                f"but got n_steps={n_steps}."
             )
         given, self.policy_kwargs = self.policy_kwargs, {**self.policy_kwargs, "n_options": self.n_options}
         super()._setup_model()

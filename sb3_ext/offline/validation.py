@@ -114,24 +114,22 @@ class ValueChecker:
         return piece._replace(actions=self._check_actions(piece))
 
     def _check_shapes(self, piece: Piece) -> None:
+        where = f"In episode {piece.episode} of '{self.name}'"
         if piece.observations.keys() != self._sizes.keys():
             raise CorruptDatasetError(
-                f"In episode {piece.episode} of '{self.name}', the observations are {sorted(piece.observations)}, but their space "
-                f"has {sorted(self._sizes)}."
+                f"{where}, the observations are {sorted(piece.observations)}, but their space has {sorted(self._sizes)}."
             )
         sizes = {"actions": (piece.actions, int(np.prod(self.action_space.shape or ())))}
         sizes.update({f"observations {key}".strip(): (array, self._sizes[key]) for key, array in piece.observations.items()})
         for name, (array, size) in sizes.items():
             if np.prod(array.shape[1:]) != size:
                 raise CorruptDatasetError(
-                    f"In episode {piece.episode} of '{self.name}', the {name} of a step have the shape {array.shape[1:]}, which "
-                    "does not fit their space."
+                    f"{where}, the {name} of a step have the shape {array.shape[1:]}, which does not fit their space."
                 )
         for name, array in (("rewards", piece.rewards), ("terminations", piece.terminations)):
             if array.ndim != 1:
                 raise CorruptDatasetError(
-                    f"In episode {piece.episode} of '{self.name}', the {name} have the shape {array.shape}, but one number for "
-                    "each step is needed."
+                    f"{where}, the {name} have the shape {array.shape}, but one number for each step is needed."
                 )
 
     def _check_actions(self, piece: Piece) -> np.ndarray:

@@ -66,12 +66,30 @@ def test_samples_can_be_changed_without_changing_the_buffer():
 
 
 @pytest.mark.parametrize("algo", [DDQN, SACDiscrete])
-@pytest.mark.parametrize("n_steps", [1, 3])
-def test_n_step_buffer_of_the_users_own(algo, n_steps, recwarn):
-    kwargs = {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": n_steps, "gamma": 0.99}}
-    model = algo("MlpPolicy", "CartPole-v1", n_steps=n_steps, learning_starts=10, device="cpu", **kwargs).learn(20)
-    assert type(model.replay_buffer) is NStepReplayBuffer and model.replay_buffer.n_steps == n_steps
+@pytest.mark.parametrize(
+    ("n_steps", "replay_buffer_kwargs", "expected"),
+    [
+        (1, {"n_steps": 1, "gamma": 0.9}, (1, 0.9)),
+        (3, {"n_steps": 3, "gamma": 0.9}, (3, 0.9)),
+        # Of the algorithm, and of SB3's buffer
+        (4, {}, (4, 0.9)),
+        (1, {}, (3, 0.99)),
+    ],
+)
+def test_n_step_buffer_of_the_users_own(algo, n_steps, replay_buffer_kwargs, expected, recwarn):
+    kwargs = {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": replay_buffer_kwargs, "learning_starts": 10}
+    model = algo("MlpPolicy", "CartPole-v1", n_steps=n_steps, gamma=0.9, device="cpu", **kwargs).learn(20)
+    assert type(model.replay_buffer) is NStepReplayBuffer
+    assert (model.replay_buffer.n_steps, model.replay_buffer.gamma) == expected
     assert not [warning for warning in recwarn if "n_steps" in str(warning.message)]
+
+
+@pytest.mark.parametrize("algo", [DDQN, SACDiscrete])
+def test_n_steps_that_the_buffer_does_not_have_are_warned_of(algo):
+    kwargs = {"replay_buffer_class": NStepReplayBuffer, "replay_buffer_kwargs": {"n_steps": 2}}
+    for given in (kwargs, {"replay_buffer_class": ReplayBuffer}):
+        with pytest.warns(UserWarning, match="`n_steps=3` is ignored"):
+            algo("MlpPolicy", "CartPole-v1", n_steps=3, device="cpu", **given)
 
 
 def test_normalization():

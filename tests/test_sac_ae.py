@@ -328,10 +328,12 @@ def test_fixed_entropy_coefficient_and_n_step_returns():
 
 
 def test_n_steps_that_the_replay_buffer_does_not_have_are_warned_of(tmp_path, recwarn):
-    make_model(n_steps=3).save(tmp_path / "model")
+    for kwargs in ({}, {"replay_buffer_class": FrameReplayBuffer, "replay_buffer_kwargs": {"n_stack": 1}}):
+        model = make_model(n_steps=3, gamma=0.9, **kwargs)
+        assert (model.replay_buffer.n_steps, model.replay_buffer.gamma) == (3, 0.9)
+    model.save(tmp_path / "model")
+    SACAE.load(tmp_path / "model", device="cpu")
     assert not [warning for warning in recwarn if "n_steps" in str(warning.message)]
-    with pytest.warns(UserWarning, match="`n_steps=3` is ignored"):
-        make_model(n_steps=3, replay_buffer_class=FrameReplayBuffer, replay_buffer_kwargs={"n_stack": 1})
     with pytest.warns(UserWarning, match="`n_steps=2` is ignored"):
         SACAE.load(tmp_path / "model", device="cpu", n_steps=2)
 

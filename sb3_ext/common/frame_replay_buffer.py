@@ -28,8 +28,8 @@ class FrameReplayBuffer(NStepReplayBuffer):
     Frames for 1.03 times ``buffer_size`` are kept. Where episodes are so short that this is not enough, the oldest
     transitions are given up a little earlier.
 
-    It can be the ``replay_buffer_class`` of any off-policy algorithm. n-step returns are set here, not in the algorithm:
-    ``replay_buffer_kwargs=dict(n_steps=3, gamma=0.99)``.
+    It can be the ``replay_buffer_class`` of any off-policy algorithm. Those of SB3 and sb3-contrib do not hand on their
+    ``n_steps``: it is set with ``replay_buffer_kwargs=dict(n_steps=3, gamma=0.99)``.
 
     :param buffer_size: Transitions in all environments together
     :param observation_space: Box of images, uint8, channels first: the frames of a stack one after the other, the newest last

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import repeat
 from typing import Any
 
@@ -62,19 +64,24 @@ def default_replay_buffer_class(observation_space: spaces.Space, n_steps: int) -
     return None if isinstance(observation_space, spaces.Dict) or n_steps > 1 else FastReplayBuffer
 
 
-def choose_replay_buffer_class(model: OffPolicyAlgorithm) -> None:
+@contextmanager
+def chosen_replay_buffer(model: OffPolicyAlgorithm) -> Iterator[None]:
     """
-    To be called before SB3 sets up the model.
+    For SB3 to set up the model: its replay buffer is of the default class, unless the user has chosen another, and one of
+    n-step returns has ``n_steps`` and ``gamma`` of the algorithm, unless ``replay_buffer_kwargs`` say something else.
 
-    :param model: Whose ``replay_buffer_class`` becomes the default one, unless the user has chosen another
+    :param model: That is set up
     """
-    chosen_by_sb3 = {"n_steps": model.n_steps, "gamma": model.gamma}
-    is_n_step = model.replay_buffer_class is NStepReplayBuffer and model.n_steps > 1
-    if is_n_step and model.replay_buffer_kwargs.items() >= chosen_by_sb3.items():
-        # Loaded: SB3 would take its own choice for the user's, and warn that it ignores n_steps
-        model.replay_buffer_class = None
     if model.replay_buffer_class is None:
         model.replay_buffer_class = default_replay_buffer_class(model.observation_space, model.n_steps)
+    n_step_returns, chosen = {"n_steps": model.n_steps, "gamma": model.gamma}, model.replay_buffer_class
+    if model.n_steps > 1 and chosen is not None and issubclass(chosen, NStepReplayBuffer):
+        model.replay_buffer_kwargs = {**n_step_returns, **model.replay_buffer_kwargs}
+    with warnings.catch_warnings():
+        # SB3 says that it ignores `n_steps` where it is given a class, and does not look whether the buffer has it
+        if n_step_returns.items() <= model.replay_buffer_kwargs.items():
+            warnings.filterwarnings("ignore", message="`n_steps=")
+        yield
 
 
 def split_batch(replay_data: ReplayBufferSamples, batch_size: int) -> Iterator[ReplayBufferSamples]:

@@ -15,7 +15,7 @@ from sb3_ext.algos.ddqn.policies import CnnPolicy, DDQNPolicy, MlpPolicy, MultiI
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.losses import huber_loss
 from sb3_ext.common.q_network import QNetwork
-from sb3_ext.common.replay_buffer import choose_replay_buffer_class, split_batch
+from sb3_ext.common.replay_buffer import chosen_replay_buffer, split_batch
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
 SelfDDQN = TypeVar("SelfDDQN", bound="DDQN")
@@ -142,8 +142,8 @@ class DDQN(RewardNormalizationMixin, DQN):
 
     def _setup_model(self) -> None:
         self._check_numbers()
-        choose_replay_buffer_class(self)
-        super()._setup_model()
+        with chosen_replay_buffer(self):
+            super()._setup_model()
 
     def _check_numbers(self) -> None:
         check_range(self, 0, 1, "tau", "gamma", "exploration_initial_eps", "exploration_final_eps")

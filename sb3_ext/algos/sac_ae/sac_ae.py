@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import warnings
 from typing import Any, ClassVar, TypeVar
 
 import numpy as np
@@ -21,6 +20,7 @@ from sb3_ext.algos.sac_ae.policies import Actor, CnnPolicy, Critic, SACAEPolicy
 from sb3_ext.common.adam import SingleTensorAdam
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.frame_replay_buffer import FrameReplayBuffer
+from sb3_ext.common.replay_buffer import chosen_replay_buffer
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
 SelfSACAE = TypeVar("SelfSACAE", bound="SACAE")
@@ -191,14 +191,10 @@ class SACAE(RewardNormalizationMixin, SAC):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        n_step_returns = {"n_steps": self.n_steps, "gamma": self.gamma}
         if self.replay_buffer_class is None:
             self.replay_buffer_class = FrameReplayBuffer
-            self.replay_buffer_kwargs = {"n_stack": self._n_stack(), **n_step_returns, **self.replay_buffer_kwargs}
-        with warnings.catch_warnings():
-            # SB3 does not look whether they are the buffer's
-            if n_step_returns.items() <= self.replay_buffer_kwargs.items():
-                warnings.filterwarnings("ignore", message="`n_steps=")
+            self.replay_buffer_kwargs = {"n_stack": self._n_stack(), **self.replay_buffer_kwargs}
+        with chosen_replay_buffer(self):
             super()._setup_model()
         if self.log_ent_coef is not None:
             self.ent_coef_optimizer = SingleTensorAdam(

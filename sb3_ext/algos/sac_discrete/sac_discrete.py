@@ -21,7 +21,7 @@ from sb3_ext.algos.sac_discrete.policies import (
 )
 from sb3_ext.common.adam import SingleTensorAdam
 from sb3_ext.common.arguments import check_range
-from sb3_ext.common.replay_buffer import choose_replay_buffer_class
+from sb3_ext.common.replay_buffer import chosen_replay_buffer
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
 SelfSACDiscrete = TypeVar("SelfSACDiscrete", bound="SACDiscrete")
@@ -169,8 +169,8 @@ class SACDiscrete(RewardNormalizationMixin):
 
     def _setup_model(self) -> None:
         self._check_arguments()
-        choose_replay_buffer_class(self)
-        super()._setup_model()
+        with chosen_replay_buffer(self):
+            super()._setup_model()
         # As SB3's SAC
         self.actor, self.critic, self.critic_target = self.policy.actor, self.policy.critic, self.policy.critic_target
         self.batch_norm_stats = get_parameters_by_name(self.policy.critic, ["running_"])

@@ -2,7 +2,7 @@ import pytest
 import torch as th
 from torch.nn import functional as F
 
-from sb3_ext.common.losses import clipped_surrogate_loss, huber_loss
+from sb3_ext.common.losses import clipped_surrogate_loss, huber_loss, standardized
 
 
 def test_huber_loss_by_hand():
@@ -20,6 +20,13 @@ def test_gradient_of_the_huber_loss_against_autograd():
     loss, gradient = huber_loss(q_values, actions, target)
     th.testing.assert_close(loss, expected.detach())
     th.testing.assert_close(gradient, th.autograd.grad(expected, q_values)[0])
+
+
+@pytest.mark.parametrize("value", [0.1, 100.1, 2.0])
+def test_equal_advantages_become_zeros(value):
+    # The mean of so many is not this number in float32
+    assert not standardized(th.full((1000,), value)).any()
+    th.testing.assert_close(standardized(th.tensor([1.0, 3.0])), th.tensor([-1.0, 1.0]) / 2**0.5)
 
 
 def test_clipped_surrogate_loss_by_hand():

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
+from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import (
     FakeImageEnv,
@@ -25,7 +26,7 @@ from sb3_ext.algos.npg.npg import Outcome
 from sb3_ext.algos.reinforce.reinforce import returns_to_go
 from sb3_ext.common import policy_gradient
 from sb3_ext.common.actor_critic import split_parameters
-from sb3_ext.common.fisher import kl_divergence
+from sb3_ext.common.fisher import kl_divergence, linearize
 
 ALGORITHMS = [VPG, REINFORCE, NPG, TRPO]
 each_algorithm = pytest.mark.parametrize("algo", ALGORITHMS, ids=lambda algo: algo.__name__)
@@ -323,6 +324,62 @@ def test_subsampling_changes_the_metric_only(algo):
     assert 0.0 < model.logger.name_to_value["train/kl_divergence_loss"] < 0.03
 
 
+def test_subsamples_are_of_all_environments(monkeypatch):
+    model = collected(NPG, make_vec_env("CartPole-v1", n_envs=4), n_steps=64, sub_sampling_factor=4)
+    linearized = []
+
+    def linearize_and_keep(policy, parameters, observations):
+        linearized.append(observations)
+        return linearize(policy, parameters, observations)
+
+    monkeypatch.setattr("sb3_ext.algos.npg.npg.linearize", linearize_and_keep)
+    model.train()
+    everything, some = linearized
+    rows = [int((everything == row).all(dim=1).nonzero()[0]) for row in some]
+    assert len(rows) == 64 and {row % 4 for row in rows} == {0, 1, 2, 3}
+
+
+@each_natural_algorithm
+def test_a_new_policy_that_is_not_finite_is_rejected(algo):
+    model = collected(algo, "CartPole-v1", n_steps=64, target_kl=1e30, policy_kwargs={"activation_fn": nn.ReLU})
+    before = parameters(model)
+    model.policy.set_training_mode(False)
+    model._update_actor(model._rollout())
+    assert model.logger.name_to_value["train/is_step_taken"] == 0.0
+    assert all(th.equal(value, before[name]) for name, value in parameters(model).items())
+
+
+@each_algorithm
+@pytest.mark.parametrize("activation_fn", [nn.Tanh, nn.ELU])
+def test_what_is_frozen_after_construction_stays(algo, activation_fn):
+    model = algo("MlpPolicy", "Pendulum-v1", n_steps=256, policy_kwargs={"activation_fn": activation_fn}, seed=0, device="cpu")
+    frozen = ("log_std", "mlp_extractor.policy_net.0.weight", "mlp_extractor.value_net.2.bias")
+    for name in frozen:
+        model.policy.get_parameter(name).requires_grad_(False)
+    before = parameters(model)
+    model.learn(512)
+    changed = {name for name, value in parameters(model).items() if not th.equal(value, before[name])}
+    assert "action_net.weight" in changed and not changed & set(frozen)
+
+
+@each_algorithm
+def test_a_callback_may_read_the_rollout(algo):
+    class Reads(BaseCallback):
+        def _on_step(self):
+            return True
+
+        def _on_rollout_end(self):
+            assert len(list(self.model.rollout_buffer.get(32))) == 4
+
+    models = []
+    for callback in (None, Reads()):
+        env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
+        models.append(algo("MlpPolicy", env, n_steps=64, seed=0, device="cpu").learn(128, callback))
+        # Reading draws random numbers, with which the critic's batches differ
+    expected, actual = (parameters(model) for model in models)
+    th.testing.assert_close(actual["action_net.weight"], expected["action_net.weight"])
+
+
 def test_line_search_takes_the_first_step_that_fits():
     model = TRPO("MlpPolicy", "CartPole-v1", device="cpu", target_kl=0.3, line_search_shrinking_factor=0.5)
     tried = []
@@ -525,6 +582,31 @@ def test_state_dependent_exploration(algo):
         algo("MlpPolicy", "CartPole-v1", use_sde=True)
 
 
+@each_algorithm
+def test_observations_without_practical_bounds(algo):
+    limit = np.finfo(np.float32).max
+
+    class Unbounded(ScriptedEnv):
+        observation_space = spaces.Dict(
+            {"wide": spaces.Box(-limit, limit, (64,)), "far": spaces.Box(-1e300, 1e300, (2,), np.float64)}
+        )
+
+        def observe(self):
+            return {"wide": np.ones(64, np.float32), "far": np.ones(2)}
+
+    model = algo("MultiInputPolicy", Unbounded(), n_steps=32, seed=0, device="cpu").learn(32)
+    assert model._n_updates == 1
+
+
+@each_algorithm
+def test_discrete_actions_must_start_at_zero(algo):
+    class StartsAtThree(ScriptedEnv):
+        action_space = spaces.Discrete(2, start=3)
+
+    with pytest.raises(ValueError, match=r"start at 0, but got Discrete\(2, start=3\)"):
+        algo("MlpPolicy", StartsAtThree())
+
+
 @pytest.mark.parametrize(
     ("algo", "kwargs"),
     [
@@ -534,12 +616,18 @@ def test_state_dependent_exploration(algo):
         (VPG, {"batch_size": 0}),
         (VPG, {"n_critic_updates": -1}),
         (VPG, {"ent_coef": -1.0}),
+        (VPG, {"ent_coef": LinearSchedule(0.1, 0.0, 1.0)}),
+        (VPG, {"critic_learning_rate": -1.0}),
+        (VPG, {"max_grad_norm": -1.0}),
         (VPG, {"n_steps": 1}),
         (NPG, {"cg_max_steps": 0}),
         (NPG, {"cg_damping": -0.1}),
+        (NPG, {"cg_damping": "1e-3"}),
         (NPG, {"target_kl": 0.0}),
+        (NPG, {"target_kl": float("nan")}),
         (NPG, {"sub_sampling_factor": 0}),
         (TRPO, {"line_search_shrinking_factor": 1.0}),
+        (TRPO, {"line_search_shrinking_factor": "0.8"}),
         (TRPO, {"line_search_max_iter": 0}),
     ],
     ids=str,

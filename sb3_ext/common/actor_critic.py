@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import Distribution
@@ -14,6 +15,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
 from sb3_ext.common.mlp import MLP
+from sb3_ext.common.observations import map_observations
 
 # A policy that replaces none of these computes what SB3's does, in the same order
 _METHODS = (
@@ -57,10 +59,12 @@ def split_parameters(policy: ActorCriticPolicy) -> tuple[list[nn.Parameter], lis
     :return: The parameters on which the action distribution depends, shared ones among them, and those on which only the
         values depend; both in the order of ``policy.parameters()``
     """
-    # A copy of the space, because drawing from the space itself would change what its owner draws later
-    space = copy.deepcopy(policy.observation_space)
-    space.seed(0)
-    obs, _ = policy.obs_to_tensor(space.sample())
+    # Any numbers do, but those that the bounds of a space allow can be too large for a network
+    space = policy.observation_space
+    zeros = map_observations(
+        lambda part: np.zeros(part.shape, part.dtype), space.spaces if isinstance(space, spaces.Dict) else space
+    )
+    obs, _ = policy.obs_to_tensor(zeros)
     params = [param for param in policy.parameters() if param.requires_grad]
     was_training = policy.training
     policy.set_training_mode(False)

@@ -25,7 +25,7 @@ from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import distributions as td
 
 from sb3_ext.common.actor_critic import action_distribution, actor_network
-from sb3_ext.common.flat_parameters import FlatParameters
+from sb3_ext.common.flat_parameters import FlatParameters, differentiate
 from sb3_ext.common.mlp import MLP
 
 
@@ -79,7 +79,8 @@ def linearize(policy: ActorCriticPolicy, actor_parameters: FlatParameters, obser
     network = actor_network(policy)
     if network is not None and isinstance(observations, th.Tensor):
         expected = [*([policy.log_std] if hasattr(policy, "log_std") else []), *network.weights_and_biases()]
-        if type(policy.action_dist) in _PERCEPTRON_DISTRIBUTIONS and actor_parameters.consists_of(expected):
+        has_all = actor_parameters.consists_of(expected) and all(param.requires_grad for param in expected)
+        if type(policy.action_dist) in _PERCEPTRON_DISTRIBUTIONS and has_all:
             return PerceptronLinearization(policy, network, actor_parameters, observations)
     distribution = action_distribution(policy, observations)
     if all(type(part) in _METRICS for part in _parts(distribution)):
@@ -145,46 +146,30 @@ class GaussNewtonLinearization:
         self.outputs = [output for metric in self.metrics for output in metric.parameters if output.requires_grad]
         # J^T u is linear in u, so that its derivative with respect to u in a direction is the product with J
         self.cotangents = [th.zeros_like(output, requires_grad=True) for output in self.outputs]
-        self.pullback = self._differentiate(self.outputs, self.flat.params, self.cotangents, create_graph=True)
+        self.pullback = differentiate(self.outputs, self.flat.params, self.cotangents, retain_graph=True, create_graph=True)
 
     def gradient(self, loss: th.Tensor) -> th.Tensor:
-        return self.flat.flatten(self._differentiate([loss], self.flat.params))
+        return self.flat.flatten(differentiate(loss, self.flat.params, retain_graph=True))
 
     def fisher_product(self, vector: th.Tensor) -> th.Tensor:
-        # A parameter whose pullback does not depend on the cotangents has no graph, and no part in the product
+        # A parameter that is frozen, or whose pullback does not depend on the cotangents, has no part in the product
         pairs = zip(self.pullback, self.flat.unflatten(vector), strict=True)
         pullback, tangents = zip(*[(pulled, tangent) for pulled, tangent in pairs if pulled.requires_grad], strict=True)
-        pushed = dict(zip(map(id, self.outputs), self._differentiate(pullback, self.cotangents, tangents), strict=True))
+        pushed = differentiate(pullback, self.cotangents, tangents, retain_graph=True)
+        by_output = dict(zip(map(id, self.outputs), pushed, strict=True))
         images = []
         for metric in self.metrics:
             images += [
                 image
                 for output, image in zip(
                     metric.parameters,
-                    metric.multiply([pushed.get(id(output), th.zeros_like(output)) for output in metric.parameters]),
+                    metric.multiply([by_output.get(id(output), th.zeros_like(output)) for output in metric.parameters]),
                     strict=True,
                 )
                 if output.requires_grad
             ]
         n_samples = self.outputs[0].shape[0]
-        return self.flat.flatten(self._differentiate(self.outputs, self.flat.params, images)) / n_samples
-
-    @staticmethod
-    def _differentiate(
-        outputs: Sequence[th.Tensor],
-        inputs: Sequence[th.Tensor],
-        grad_outputs: Sequence[th.Tensor] | None = None,
-        create_graph: bool = False,
-    ) -> tuple[th.Tensor, ...]:
-        return th.autograd.grad(
-            outputs,
-            inputs,
-            grad_outputs,
-            retain_graph=True,
-            create_graph=create_graph,
-            allow_unused=True,
-            materialize_grads=True,
-        )
+        return self.flat.flatten(differentiate(self.outputs, self.flat.params, images, retain_graph=True)) / n_samples
 
 
 class DivergenceLinearization:
@@ -199,12 +184,12 @@ class DivergenceLinearization:
     def __init__(self, constant: Distribution, distribution: Distribution, actor_parameters: FlatParameters) -> None:
         self.distribution, self.flat = distribution, actor_parameters
         divergence = kl_divergence(constant, distribution).mean()
-        grads = th.autograd.grad(divergence, self.flat.params, create_graph=True, allow_unused=True, materialize_grads=True)
-        self.divergence_gradient = self.flat.flatten(grads)
+        self.divergence_gradient = self.flat.flatten(
+            differentiate(divergence, self.flat.params, retain_graph=True, create_graph=True)
+        )
 
     def gradient(self, loss: th.Tensor) -> th.Tensor:
-        grads = th.autograd.grad(loss, self.flat.params, retain_graph=True, allow_unused=True, materialize_grads=True)
-        return self.flat.flatten(grads)
+        return self.flat.flatten(differentiate(loss, self.flat.params, retain_graph=True))
 
     def fisher_product(self, vector: th.Tensor) -> th.Tensor:
         return self.gradient(self.divergence_gradient.dot(vector))

@@ -212,12 +212,16 @@ def backward(
 
 
 def differentiate(
-    outputs: th.Tensor | Sequence[th.Tensor], params: Sequence[th.Tensor], gradients: Sequence[th.Tensor] | None = None
+    outputs: th.Tensor | Sequence[th.Tensor],
+    params: Sequence[th.Tensor],
+    gradients: Sequence[th.Tensor] | None = None,
+    **kwargs: bool,
 ) -> list[th.Tensor]:
     """
     :param outputs: The loss, a scalar, or what it is computed from
     :param params: Parameters
     :param gradients: Of the loss with respect to each of ``outputs`` (None: they are the loss)
+    :param kwargs: ``retain_graph`` and ``create_graph``, as of ``torch.autograd.grad``
     :return: The gradient with respect to each parameter; zeros for those that do not matter for ``outputs`` or are frozen
     """
     outputs = [outputs] if isinstance(outputs, th.Tensor) else outputs
@@ -227,7 +231,7 @@ def differentiate(
     if not differentiable or not trained:
         return [th.zeros_like(param) for param in params]
     ends, end_gradients = zip(*differentiable, strict=True)
-    grads = iter(th.autograd.grad(ends, trained, end_gradients, allow_unused=True, materialize_grads=True))
+    grads = iter(th.autograd.grad(ends, trained, end_gradients, allow_unused=True, materialize_grads=True, **kwargs))
     return [next(grads) if param.requires_grad else th.zeros_like(param) for param in params]
 
 

@@ -26,7 +26,9 @@ def standardized(advantages: th.Tensor) -> th.Tensor:
     :param advantages: (n_samples,), of at least 2 samples
     :return: With mean 0 and standard deviation 1; 0 if all are equal
     """
-    return (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+    # The mean of equal numbers is not always that number
+    differ = advantages.max() > advantages.min()
+    return (advantages - advantages.mean()) / (advantages.std() + 1e-8) * differ
 
 
 def clipped_surrogate_loss(

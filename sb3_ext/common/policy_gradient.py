@@ -59,7 +59,8 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
     :param normalize_advantage: Whether to standardize the advantages of each rollout
     :param use_sde: Whether to use generalized State Dependent Exploration (Box only)
     :param sde_sample_freq: Draw a new noise matrix every so many steps with gSDE (-1: once per rollout)
-    :param rollout_buffer_class: Rollout buffer class to use (None: chosen by the observation space)
+    :param rollout_buffer_class: Rollout buffer class to use (None: chosen by the observation space); its rollout is used whole,
+        without its ``get``
     :param rollout_buffer_kwargs: Keyword arguments of the rollout buffer
     :param stats_window_size: Window size for the rollout logging, in episodes
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
@@ -142,8 +143,13 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
         if not isinstance(self.action_space, ACTION_SPACES):
             supported = ", ".join(space.__name__ for space in ACTION_SPACES)
             raise ValueError(f"{name} supports {supported} action spaces, but got {self.action_space}.")
+        if isinstance(self.action_space, spaces.Discrete) and self.action_space.start != 0:
+            # SB3's actor-critic policies count from 0
+            raise ValueError(f"{name} supports Discrete action spaces that start at 0, but got {self.action_space}.")
         check_range(self, 1, float("inf"), "n_steps", "batch_size")
-        check_range(self, 0, float("inf"), "n_critic_updates", "ent_coef")
+        check_range(self, 0, float("inf"), "n_critic_updates", "ent_coef", "max_grad_norm")
+        if not callable(self.critic_learning_rate):
+            check_range(self, 0, float("inf"), "critic_learning_rate")
         check_range(self, 0, 1, "gamma", "gae_lambda")
         if self.normalize_advantage and self.n_steps * self.n_envs < 2:
             raise ValueError(
@@ -175,7 +181,7 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
         self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _prepare_update(self) -> None:
-        """Set the learning rates, and see to it that the optimizers move the parameters that the policy has now."""
+        """Set the learning rates, and see to it that the optimizers move the parameters wherever they lie now."""
         for name in ("actor_parameters", "critic_parameters"):
             parameters = getattr(self, name, None)
             if parameters is not None and not parameters.is_bound:
@@ -194,6 +200,9 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
         buffer = self.rollout_buffer
 
         def rows(array: np.ndarray) -> th.Tensor:
+            if buffer.generator_ready:
+                # A callback has read the buffer, which then is in the order of the environments
+                array = array.reshape(buffer.n_envs, buffer.buffer_size, *array.shape[1:]).swapaxes(0, 1)
             return th.as_tensor(array.reshape(-1, *array.shape[2:]), device=self.device)
 
         actions = rows(buffer.actions)
@@ -201,10 +210,7 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
         return RolloutBufferSamples(
             map_observations(rows, buffer.observations),
             actions.long().flatten() if isinstance(self.action_space, spaces.Discrete) else actions.float(),
-            rows(buffer.values),
-            rows(buffer.log_probs),
-            rows(buffer.advantages),
-            rows(buffer.returns),
+            *(rows(array).flatten() for array in (buffer.values, buffer.log_probs, buffer.advantages, buffer.returns)),
         )
 
     def _normalized(self, advantages: th.Tensor) -> th.Tensor:
@@ -247,7 +253,7 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
             losses = []
             for batch_observations, batch_returns in self._minibatches(observations, returns):
                 losses.append(compute_gradient(batch_observations, batch_returns))
-                self.critic_optimizer.step()
+                self.critic_parameters.step(self.critic_optimizer)
         value_loss = th.stack(losses).mean().item()
         if not np.isfinite(value_loss):
             raise ValueError(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,6 +12,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, RolloutBufferSamples, Schedule
 from stable_baselines3.common.utils import FloatSchedule
 
+from sb3_ext.common.arguments import check_range
 from sb3_ext.common.fisher import kl_divergence, linearize
 from sb3_ext.common.natural_gradient import conjugate_gradients, natural_step
 from sb3_ext.common.observations import map_observations
@@ -52,12 +54,13 @@ class NPG(PolicyGradientAlgorithm):
         minus the value
     :param use_sde: Whether to use generalized State Dependent Exploration (Box only)
     :param sde_sample_freq: Draw a new noise matrix every so many steps with gSDE (-1: once per rollout)
-    :param rollout_buffer_class: Rollout buffer class to use (None: chosen by the observation space)
+    :param rollout_buffer_class: Rollout buffer class to use (None: chosen by the observation space); its rollout is used whole,
+        without its ``get``
     :param rollout_buffer_kwargs: Keyword arguments of the rollout buffer
     :param normalize_advantage: Whether to standardize the advantages of each rollout
     :param target_kl: KL divergence of an update, to second order, > 0; summed over action dimensions, averaged over
         samples, in nats; it can be a function of the current progress remaining
-    :param sub_sampling_factor: Use every so many-th sample for the Fisher matrix, >= 1
+    :param sub_sampling_factor: Use one in so many samples, drawn at random, for the Fisher matrix, >= 1
     :param stats_window_size: Window size for the rollout logging, in episodes
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
@@ -124,12 +127,10 @@ class NPG(PolicyGradientAlgorithm):
         self.cg_damping = cg_damping
         self.target_kl = target_kl
         self.sub_sampling_factor = sub_sampling_factor
-        if cg_max_steps < 1 or sub_sampling_factor < 1:
-            raise ValueError(
-                f"cg_max_steps and sub_sampling_factor must be at least 1, but got {cg_max_steps} and {sub_sampling_factor}."
-            )
-        if cg_damping < 0.0 or (not callable(target_kl) and target_kl <= 0.0):
-            raise ValueError(f"cg_damping must be >= 0 and target_kl > 0, but got {cg_damping} and {target_kl}.")
+        check_range(self, 1, float("inf"), "cg_max_steps", "sub_sampling_factor")
+        check_range(self, 0, float("inf"), "cg_damping")
+        if not callable(target_kl):
+            check_range(self, sys.float_info.min, float("inf"), "target_kl")
         if _init_setup_model:
             self._setup_model()
 
@@ -168,7 +169,10 @@ class NPG(PolicyGradientAlgorithm):
 
         fisher = actor
         if self.sub_sampling_factor > 1:
-            some_observations = map_observations(lambda tensor: tensor[:: self.sub_sampling_factor], observations)
+            n_samples = len(advantages)
+            # At random, since the rows of each environment are evenly spaced
+            rows = th.randperm(n_samples, device=advantages.device)[: math.ceil(n_samples / self.sub_sampling_factor)]
+            some_observations = map_observations(lambda tensor: tensor[rows], observations)
             fisher = linearize(self.policy, self.actor_parameters, some_observations)
 
         def product(vector: th.Tensor) -> th.Tensor:
@@ -183,7 +187,11 @@ class NPG(PolicyGradientAlgorithm):
         def move(step: th.Tensor) -> Outcome:
             th.add(old_parameters, step, out=parameters)
             with th.no_grad():
-                distribution = self.policy.get_distribution(observations)
+                try:
+                    distribution = self.policy.get_distribution(observations)
+                except ValueError:
+                    # torch refuses parameters of a distribution that are not finite
+                    return Outcome(kl=math.nan, objective=math.nan)
                 return Outcome(
                     kl=kl_divergence(actor.distribution, distribution).mean().item(),
                     objective=self.policy_objective(distribution, actions, old_log_prob, advantages).item(),

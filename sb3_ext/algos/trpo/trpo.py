@@ -9,6 +9,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ext.algos.npg.npg import NPG, Outcome
+from sb3_ext.common.arguments import check_range
 
 
 class TRPO(NPG):
@@ -35,12 +36,13 @@ class TRPO(NPG):
         minus the value
     :param use_sde: Whether to use generalized State Dependent Exploration (Box only)
     :param sde_sample_freq: Draw a new noise matrix every so many steps with gSDE (-1: once per rollout)
-    :param rollout_buffer_class: Rollout buffer class to use (None: chosen by the observation space)
+    :param rollout_buffer_class: Rollout buffer class to use (None: chosen by the observation space); its rollout is used whole,
+        without its ``get``
     :param rollout_buffer_kwargs: Keyword arguments of the rollout buffer
     :param normalize_advantage: Whether to standardize the advantages of each rollout
     :param target_kl: Largest KL divergence of an update, > 0; summed over action dimensions, averaged over samples, in
         nats; it can be a function of the current progress remaining
-    :param sub_sampling_factor: Use every so many-th sample for the Fisher matrix, >= 1
+    :param sub_sampling_factor: Use one in so many samples, drawn at random, for the Fisher matrix, >= 1
     :param stats_window_size: Window size for the rollout logging, in episodes
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
@@ -108,10 +110,11 @@ class TRPO(NPG):
         )
         self.line_search_shrinking_factor = line_search_shrinking_factor
         self.line_search_max_iter = line_search_max_iter
-        if not 0.0 < line_search_shrinking_factor < 1.0 or line_search_max_iter < 1:
+        check_range(self, 1, float("inf"), "line_search_max_iter")
+        check_range(self, 0, 1, "line_search_shrinking_factor")
+        if line_search_shrinking_factor in (0, 1):
             raise ValueError(
-                "line_search_shrinking_factor must be in (0, 1) and line_search_max_iter at least 1, but got "
-                f"{line_search_shrinking_factor} and {line_search_max_iter}."
+                f"line_search_shrinking_factor must be above 0 and below 1, but got {line_search_shrinking_factor}."
             )
 
     def _take_step(self, step: th.Tensor, move: Callable[[th.Tensor], Outcome], stay: Outcome) -> Outcome | None:

@@ -11,6 +11,12 @@ import numpy as np
 
 from benchmarks import off_policy
 
+# All that can be handed on to its DiscreteSAC; the policy is one of layers of 256
+_TIANSHOU_SETTINGS = {
+    *("batch_size", "buffer_size", "gamma", "gradient_steps", "learning_rate", "learning_starts", "n_steps", "n_timesteps"),
+    *("policy", "target_entropy_ratio", "tau", "train_freq"),
+}
+
 
 def learning_rate(setting: float | str) -> tuple[float, bool]:
     """
@@ -67,6 +73,9 @@ class Tianshou(off_policy.Tianshou):
         th.set_num_threads(spec["threads"])
         th.manual_seed(spec["seed"])
         np.random.seed(spec["seed"])
+        unknown = spec["settings"].keys() - _TIANSHOU_SETTINGS
+        if unknown:
+            raise ValueError(f"Tianshou's DiscreteSAC cannot be given {sorted(unknown)}.")
         settings = {**spec["defaults"], **spec["settings"]}
         self.batch_size, self.learning_starts = settings["batch_size"], settings["learning_starts"]
         self.train_freq = settings["train_freq"]

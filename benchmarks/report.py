@@ -170,10 +170,10 @@ def provenance(rows: list[Row], key: str) -> str:
     """
     :param rows: Of one section
     :param key: Of the commands that made them
-    :return: Commands, and the versions and the machine of the latest row
+    :return: Commands, commits, machines, and of each package the latest version
     """
-    latest = rows[-1]
-    versions = ", ".join(f"{name} {number}" for name, number in latest["versions"].items())
+    latest = {name: number for row in rows for name, number in row["versions"].items()}
+    versions = ", ".join(f"{name} {number}" for name, number in latest.items())
     commits, machines = (", ".join(dict.fromkeys(row[name] for row in rows)) for name in ("commit", "machine"))
     commands = "\n".join(dict.fromkeys(row[key] for row in rows))
     return f"```sh\n{commands}\n```\n\nCommit {commits}; {versions}; {machines}."

@@ -120,6 +120,7 @@ def execute(run: Run, folder: Path = DEFAULT_FOLDER) -> Row:
     import torch as th
 
     th.set_num_threads(1)
+    commit = results.commit()
     outcome = _zoo(run) if run.contender == "zoo" else _contender(run, folder)
     return {
         "kind": "returns",
@@ -130,6 +131,8 @@ def execute(run: Run, folder: Path = DEFAULT_FOLDER) -> Row:
         "settings": run.settings,
         "n_timesteps": run.timesteps(),
         **outcome,
+        # That which it began with
+        "commit": commit,
     }
 
 

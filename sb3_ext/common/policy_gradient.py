@@ -59,8 +59,8 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
     :param normalize_advantage: Whether to standardize the advantages of each rollout
     :param use_sde: Whether to use generalized State Dependent Exploration (Box only)
     :param sde_sample_freq: Draw a new noise matrix every so many steps with gSDE (-1: once per rollout)
-    :param rollout_buffer_class: Rollout buffer class to use (None: chosen by the observation space); its rollout is used whole,
-        without its ``get``
+    :param rollout_buffer_class: Rollout buffer class to use (None: chosen by the observation space); its rollout is used
+        whole, without its ``get``
     :param rollout_buffer_kwargs: Keyword arguments of the rollout buffer
     :param stats_window_size: Window size for the rollout logging, in episodes
     :param tensorboard_log: The log location for tensorboard (if None, no logging)

@@ -36,8 +36,8 @@ class TRPO(NPG):
         minus the value
     :param use_sde: Whether to use generalized State Dependent Exploration (Box only)
     :param sde_sample_freq: Draw a new noise matrix every so many steps with gSDE (-1: once per rollout)
-    :param rollout_buffer_class: Rollout buffer class to use (None: chosen by the observation space); its rollout is used whole,
-        without its ``get``
+    :param rollout_buffer_class: Rollout buffer class to use (None: chosen by the observation space); its rollout is used
+        whole, without its ``get``
     :param rollout_buffer_kwargs: Keyword arguments of the rollout buffer
     :param normalize_advantage: Whether to standardize the advantages of each rollout
     :param target_kl: Largest KL divergence of an update, > 0; summed over action dimensions, averaged over samples, in

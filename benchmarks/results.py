@@ -97,9 +97,8 @@ def commit() -> str:
     """:return: abbreviated hash, with ``+`` where the code has changed since; ``unknown`` outside a repository"""
     try:
         head = _git("rev-parse", "--short=12", "HEAD")
-        return head + (
-            "+" if _git("status", "--porcelain", "--", "sb3_ext", "hyperparams", "benchmarks/*.py", "benchmarks/*.yml") else ""
-        )
+        code = ("sb3_ext", "hyperparams", "benchmarks/*.py", "benchmarks/*.yml")
+        return head + ("+" if _git("status", "--porcelain", "--", *code) else "")
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
 

@@ -82,6 +82,10 @@ def render(contents: CardContents) -> str:
     organization, name = contents.repo_id.split("/")
     default_name = f"{algo}-{env_id}".replace("/", "-")
     is_offline = issubclass(algorithm, OfflineAlgorithm)
+    hyperparams = dict(contents.hyperparams)
+    if _has_own_length(contents.train_args):
+        # The zoo saves that of the yml
+        hyperparams["n_timesteps"] = contents.train_args["n_timesteps"]
     return render_template(
         "card.md",
         card_data=metadata(contents).to_yaml(),
@@ -103,9 +107,9 @@ def render(contents: CardContents) -> str:
         tuning=tuning(contents.train_args),
         dataset=contents.dataset,
         seed=contents.train_args["seed"],
-        n_timesteps=f"{int(contents.hyperparams['n_timesteps']):,}",
+        n_timesteps=f"{int(hyperparams['n_timesteps']):,}",
         unit="gradient updates" if is_offline else "steps",
-        hyperparams=_yaml(contents.hyperparams),
+        hyperparams=_yaml(hyperparams),
         env_kwargs=_yaml(contents.env_kwargs) if contents.env_kwargs else "",
         versions={"Python": python_version(), **{library: version(library) for library in _LIBRARIES}},
     )
@@ -169,7 +173,11 @@ def training_command(train_args: Mapping[str, Any]) -> str:
     command += ["--seed", str(train_args["seed"])]
     if train_args.get("conf_file"):
         command += ["--conf-file", str(train_args["conf_file"])]
-    if (train_args.get("n_timesteps") or -1) > 0:
+    for option, name in (("-i", "trained_agent"), ("--gym-packages", "gym_packages")):
+        given = train_args.get(name)
+        if given:
+            command += [option, *([given] if isinstance(given, str) else given)]
+    if _has_own_length(train_args):
         command += ["-n", str(int(train_args["n_timesteps"]))]
     for option, name in (("-params", "hyperparams"), ("--env-kwargs", "env_kwargs")):
         if train_args.get(name):
@@ -177,6 +185,11 @@ def training_command(train_args: Mapping[str, Any]) -> str:
     if train_args.get("vec_env", "dummy") != "dummy":
         command += ["--vec-env", train_args["vec_env"]]
     return shlex.join(command)
+
+
+def _has_own_length(train_args: Mapping[str, Any]) -> bool:
+    """:return: whether the length of the training was given with ``-n``"""
+    return (train_args.get("n_timesteps") or -1) > 0
 
 
 def tuning(train_args: Mapping[str, Any]) -> str:

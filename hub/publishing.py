@@ -95,10 +95,13 @@ def explained(repo_id: str) -> Iterator[None]:
     """
     try:
         yield
-    # Errors in the transfer of a large file come wrapped
-    except (HTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError, RuntimeError) as error:
-        cause = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
-        raise HubError(_what_to_do(cause, repo_id)) from error
+    except (HTTPError, LocalEntryNotFoundError, LocalTokenNotFoundError) as error:
+        raise HubError(_what_to_do(error, repo_id)) from error
+    except RuntimeError as error:
+        # Errors in the transfer of a large file come wrapped
+        if not isinstance(error.__cause__, HTTPError):
+            raise
+        raise HubError(_what_to_do(error.__cause__, repo_id)) from error
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise

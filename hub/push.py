@@ -19,6 +19,7 @@ from huggingface_sb3 import EnvironmentName, ModelName
 from rl_zoo3.exp_manager import ExperimentManager
 from rl_zoo3.utils import ALGOS, get_class_by_name, get_saved_hyperparams
 from stable_baselines3.common.base_class import BaseAlgorithm
+from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
@@ -28,7 +29,7 @@ from sb3_ext.zoo.agents import add_choice_of_agent, find_agent, load_agent
 
 from .card import CardContents, Picture, render
 from .data import DatasetStatistics, statistics_of
-from .errors import HubError
+from .errors import HubError, SafeFormatError
 from .evaluation import Evaluation, evaluate, learning_curve, record, write_gif, write_video
 from .publishing import add_repository, check_token, files_in, upload
 from .safe import save_safe
@@ -54,6 +55,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--video-steps", help="steps of the replay video, 0: none", type=int, default=500)
     parser.add_argument("--num-threads", help="number of threads for PyTorch", type=int, default=1)
     args = parser.parse_args(argv)
+    if "/" in (args.repo_name or ""):
+        parser.error(f"-name is the name without the organization, which is -orga: not {args.repo_name}")
     if args.dry_run is None and not args.organization:
         parser.error("-orga is needed, or --dry-run")
     if args.deterministic and args.stochastic:
@@ -87,6 +90,7 @@ def package(args: argparse.Namespace, folder: Path) -> None:
     del env_kwargs["render_mode"]
 
     copy_agent(args, Path(model_path), params_path, Path(log_path), env_kwargs, folder)
+    restore_arguments(model, model_path)
     save_safe(model, folder, env, args.env.gym_id, env_kwargs, wrappers_of(hyperparams))
     evaluation = evaluate(model, env, range(args.seed, args.seed + args.eval_seeds), args.eval_episodes, acts(args))
     write_results(evaluation, folder)
@@ -108,6 +112,18 @@ def package(args: argparse.Namespace, folder: Path) -> None:
     )
     (folder / "README.md").write_text(render(contents), encoding="utf-8")
     env.close()
+
+
+def restore_arguments(model: BaseAlgorithm, model_path: str) -> None:
+    """
+    :param model: Loaded for playing, without memory and learning rate; gets those of its training back, for it to go on
+    :param model_path: The file that it was loaded from
+    """
+    data, _, _ = load_from_zip_file(model_path, device="cpu")
+    assert data is not None
+    for name in ("learning_rate", "clip_range", "seed", "buffer_size", "optimize_memory_usage"):
+        if name in data:
+            setattr(model, name, data[name])
 
 
 def dataset_of(hyperparams: dict[str, Any]) -> DatasetStatistics | None:
@@ -240,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
                 files = files_in(Path(folder))
                 url = upload(files, repo_id_of(args), args.commit_message, private=args.private, token=args.token)
             print(f"Published: {url}")
-    except (DatasetError, HubError) as error:
+    except (DatasetError, HubError, SafeFormatError) as error:
         print(f"sb3-ext: error: {error}", file=sys.stderr)
         sys.exit(error.exit_status)
 

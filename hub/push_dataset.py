@@ -17,7 +17,7 @@ from minari import MinariDataset
 from sb3_ext.offline.catalog import METADATA, find_folder
 from sb3_ext.offline.errors import DatasetError
 
-from .card import render_template
+from .card import extras, render_template
 from .data import DatasetStatistics, statistics_of
 from .errors import HubError
 from .publishing import add_repository, files_in, upload
@@ -60,12 +60,14 @@ def write_card(args: argparse.Namespace, dataset: MinariDataset, statistics: Dat
     card_data = DatasetCardData(
         license=args.license, task_categories=["reinforcement-learning"], tags=["minari", "offline-reinforcement-learning"]
     )
+    env_id = dataset.env_spec.id if dataset.env_spec else None
     card = render_template(
         "dataset_card.md",
         card_data=card_data.to_yaml(),
         repo_id=repo_id_of(args),
         dataset=statistics,
-        env_id=dataset.env_spec.id if dataset.env_spec else None,
+        env_id=env_id,
+        extras=extras(env_id) if env_id else "",
         observation_space=dataset.observation_space,
         action_space=dataset.action_space,
         command=metadata.get("command"),

@@ -433,7 +433,8 @@ def _state(model: BaseAlgorithm) -> tuple[dict[str, th.Tensor], dict[str, list[f
     learning_rates = {}
     for name, optimizer in optimizers.items():
         described = optimizer.state_dict()
-        learning_rates[name] = [float(group["lr"]) for group in described["param_groups"]]
+        # The last rollout can go past the end of the training, where a falling rate is below 0
+        learning_rates[name] = [max(float(group["lr"]), 0.0) for group in described["param_groups"]]
         for index, entries in described["state"].items():
             stored = {key: th.as_tensor(value) for key, value in entries.items() if value is not None}
             tensors.update({_entry_name(name, index, key): value for key, value in stored.items()})

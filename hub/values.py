@@ -22,7 +22,7 @@ from .errors import SafeFormatError
 
 #: Numbers in one observation or action: a configuration of a few bytes can describe a space of any size
 MAX_ELEMENTS = 2**20
-_DTYPES = ["uint8", "uint16", "uint32", "int8", "int16", "int32", "int64", "float16", "float32", "float64"]
+_DTYPES = ["bool", "uint8", "uint16", "uint32", "int8", "int16", "int32", "int64", "float16", "float32", "float64"]
 
 
 def check_object(node: Any, where: str, keys: Iterable[str]) -> dict[str, Any]:
@@ -239,7 +239,8 @@ def encode_space(space: spaces.Space, where: str) -> dict[str, Any]:
 def _encode_bounds(bounds: np.ndarray) -> Any:
     """:return: one number where all are the same, else all of them in a row; infinite ones as strings"""
     is_uniform = bounds.size > 0 and bool((bounds == bounds.flat[0]).all())
-    numbers = bounds.reshape(-1)[: 1 if is_uniform else None].tolist()
+    # Those of Boxes of bool as 0 and 1
+    numbers = (bounds.reshape(-1)[: 1 if is_uniform else None] + 0).tolist()
     written = [number if math.isfinite(number) else str(number) for number in numbers]
     return written[0] if is_uniform else written
 

@@ -5,6 +5,7 @@ Importing it costs nothing: names are looked up when they are asked for.
 
 from importlib import import_module
 from importlib.resources import files
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ _MODULES = {
     "MinAtarFeatures": "sb3_ext.common.conv_features",
     "OfflineAlgorithm": "sb3_ext.common.offline_algorithm",
 }
+
+# In a clone, some of the package's folders lie beside this one, and `python -m` finds the clone before what is installed
+if not Path(__file__).with_name("hub").is_dir():
+    __path__.append(str(Path(__file__).parents[1]))
 
 
 def __getattr__(name: str) -> object:

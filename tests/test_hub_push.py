@@ -20,6 +20,7 @@ from hub_server import HubServer
 from huggingface_sb3 import EnvironmentName
 from PIL import Image
 from stable_baselines3 import PPO
+from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_ext.hub import load_safe
 from sb3_ext.hub.card import describe, extras, training_command, tuning
@@ -111,6 +112,11 @@ def test_an_agent_goes_up_and_comes_back(logs, server, tmp_path, algo):
     assert expected <= set(files)
     assert ("vec_normalize.pkl" in files) == (algo == "vpg")
     assert server.history(repo)[0].title == "First"
+
+    # To go on training, with what it was trained with
+    arguments = json.loads(files["agent.json"])["arguments"]
+    trained, _, _ = load_from_zip_file(logs / f"logs/{algo}/CartPole-v1_1/CartPole-v1.zip")
+    assert arguments["seed"] == trained["seed"] and arguments["learning_rate"] != 0.0
 
     # The token is nowhere but in the requests to the Hub
     assert server.token not in pushed.stdout + pushed.stderr
@@ -340,6 +346,8 @@ def test_training_command():
         "python -m rl_zoo3.train --algo bcq --env Pendulum-v1 --seed 3 -n 1000 -params gamma:0.9 'dataset:'\"'\"'a b'\"'\"'' "
         "--env-kwargs g:9.8"
     )
+    continued = training_command({**saved, "trained_agent": "logs/agent.zip", "gym_packages": ["a", "b"]})
+    assert "--seed 3 -i logs/agent.zip --gym-packages a b -n 1000" in continued
     assert tuning(saved) == ""
     assert tuning({**saved, "trial_id": 4, "study_name": "s"}) == "The hyperparameters are those of trial 4 of the study `s`."
 

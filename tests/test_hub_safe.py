@@ -432,6 +432,33 @@ def test_frame_stack(observation, tmp_path):
     learn(loaded)
 
 
+def test_observations_of_bits(tmp_path):
+    class Bits(gym.Env):
+        # As in MinAtar
+        observation_space, action_space = spaces.Box(0.0, 1.0, (3,), np.bool_), spaces.Discrete(2)
+
+        def reset(self, *, seed=None, options=None):
+            super().reset(seed=seed)
+            return np.array([True, False, True]), {}
+
+        def step(self, action):
+            return np.array([False, True, True]), 1.0, False, True, {}
+
+    model = PPO("MlpPolicy", Bits(), **SMALL_PPO, device="cpu")
+    save_safe(model, tmp_path)
+    loaded, _ = load_safe(tmp_path, Bits())
+    assert loaded.observation_space == Bits.observation_space
+
+
+def test_learning_rates_that_fell_below_zero_in_the_last_rollout(tmp_path):
+    model = PPO("MlpPolicy", "CartPole-v1", learning_rate=LinearSchedule(1e-3, 0.0, 1.0), **SMALL_PPO, device="cpu")
+    for group in model.policy.optimizer.param_groups:
+        group["lr"] = -1e-6
+    save_safe(model, tmp_path)
+    loaded, _ = load_safe(tmp_path)
+    assert loaded.policy.optimizer.param_groups[0]["lr"] == 0.0
+
+
 def test_environment_by_id(tmp_path):
     env_wrappers = [(TimeAwareObservation, {"normalize_time": True})]
     kwargs = {"g": 3.0}

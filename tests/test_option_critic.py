@@ -692,7 +692,7 @@ def test_healthy_options_are_not_reported():
     ],
 )
 def test_numbers_out_of_range_are_named(name, value):
-    with pytest.raises(ValueError, match=f"{name} must be .* but got {value}"):
+    with pytest.raises(ValueError, match=f"{name} must be .* but got {value!r}"):
         cartpole(**{name: value})
 
 

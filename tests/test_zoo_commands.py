@@ -156,6 +156,8 @@ def test_a_clone_of_the_repository_as_working_folder(wheel_installation, project
     # `python -m` finds the clone's sb3_ext before the installed one, without the folders that are mapped into it
     ((_, config),) = configurations(wheel_installation, project_copy, ["bcq"]).values()
     assert Path(config).samefile(project_copy / "hyperparams/bcq.yml")
+    help_text = wheel_installation.run("-m", "sb3_ext.hub.push", "--help", cwd=project_copy).stdout
+    assert "--dry-run" in help_text
 
 
 @pytest.mark.parametrize("tuning", [[], ["-optimize", "--n-trials", "2", "--storage", "study.log", "--study-name", "bcq"]])

@@ -5,17 +5,19 @@ import shutil
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from importlib.metadata import Distribution, distribution, distributions
+from types import SimpleNamespace
 
 import gymnasium
 import minatar.gym
 import pytest
 from huggingface_hub import ModelCard
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from stable_baselines3 import PPO
 from stable_baselines3.common.env_util import make_vec_env
 
-from sb3_ext.zoo import register
+from sb3_ext.zoo import patches, register
 
 
 @pytest.fixture(autouse=True)
@@ -144,6 +146,20 @@ def hub(tmp_path):
     server.shutdown()
     thread.join()
     server.server_close()
+
+
+def test_a_hub_that_cannot_be_asked_is_not_one_without_the_file():
+    from requests.exceptions import HTTPError
+
+    def refuse(error):
+        raise error
+
+    module = SimpleNamespace(load_from_hub=refuse)
+    patches.raise_error_of_requests(module)
+    with pytest.raises(HTTPError):
+        module.load_from_hub(EntryNotFoundError("no such file"))
+    with pytest.raises(LocalEntryNotFoundError):
+        module.load_from_hub(LocalEntryNotFoundError("the Hub does not answer"))
 
 
 def test_load_from_hub_without_normalization_statistics(wheel_installation, hub, tmp_path):

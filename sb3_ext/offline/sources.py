@@ -90,7 +90,7 @@ def _open_path(source: str | Path, allow_pickle: bool, env_id: str | None) -> So
     except (AssertionError, ImportError, KeyError, OSError, TypeError, ValueError) as error:
         if isinstance(error, CorruptDatasetError):
             raise
-        raise CorruptDatasetError(f"The data set {data} cannot be opened: {error}") from error
+        raise CorruptDatasetError(f"The data set {data} cannot be opened: {type(error).__name__}: {error}") from error
 
 
 def _unpickle(path: Path, allow_pickle: bool) -> ReplayBuffer:

@@ -37,9 +37,8 @@ def find_agent(args: argparse.Namespace) -> tuple[str, str]:
             args.exp_id, args.folder, args.algo, args.env, args.load_best, args.load_checkpoint, args.load_last_checkpoint
         )
     except (AssertionError, ValueError) as error:
-        raise AgentError(
-            f"{error}. Train an agent first: python -m rl_zoo3.train --algo {args.algo} --env {args.env} -f {args.folder}"
-        ) from error
+        command = f"python -m rl_zoo3.train --algo {args.algo} --env {args.env.gym_id} -f {args.folder}"
+        raise AgentError(f"{error}. Train an agent first: {command}") from error
     return model_path, log_path
 
 

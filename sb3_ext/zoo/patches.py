@@ -206,7 +206,7 @@ def raise_error_of_requests(load_from_hub: Any) -> None:
     ``rl_zoo3.load_from_hub`` takes an ``HTTPError`` of requests for "no such file", for agents trained without VecNormalize;
     huggingface_hub has left requests, so that downloading any of those ends in a traceback.
     """
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
     from requests.exceptions import HTTPError
 
     original = load_from_hub.load_from_hub
@@ -215,6 +215,9 @@ def raise_error_of_requests(load_from_hub: Any) -> None:
     def download(*args: Any, **kwargs: Any) -> str:
         try:
             return original(*args, **kwargs)
+        except LocalEntryNotFoundError:
+            # That the Hub could not be asked
+            raise
         except EntryNotFoundError as error:
             raise HTTPError(str(error)) from error
 

@@ -17,6 +17,7 @@ import torch as th
 import yaml
 from hub_http import DROP_REQUEST
 from hub_server import HubServer
+from huggingface_hub.errors import HTTPError
 from huggingface_sb3 import EnvironmentName
 from PIL import Image
 from stable_baselines3 import PPO
@@ -24,7 +25,9 @@ from stable_baselines3.common.save_util import load_from_zip_file
 
 from sb3_ext.hub import load_safe
 from sb3_ext.hub.card import describe, extras, training_command, tuning
+from sb3_ext.hub.errors import HubError
 from sb3_ext.hub.evaluation import MAX_GIF_BYTES, evaluate, write_gif, write_video
+from sb3_ext.hub.publishing import explained
 from sb3_ext.zoo import register
 from sb3_ext.zoo.registry import ALGORITHMS
 
@@ -316,6 +319,14 @@ def test_agents_of_the_repository_do_what_their_cards_say(algorithm):
         loaded, _ = load_safe(card.parent, device="cpu")
         for (name, ours), theirs in zip(model.policy.state_dict().items(), loaded.policy.state_dict().values(), strict=True):
             assert th.equal(ours, theirs), name
+
+
+def test_errors_that_are_not_of_the_connection_stay_what_they_are():
+    with pytest.raises(RuntimeError, match="no intact zip") as raised, explained("someone/agent"):
+        raise RuntimeError("no intact zip")
+    assert not isinstance(raised.value, HubError)
+    with pytest.raises(HubError, match="connection to the Hub failed"), explained("someone/agent"):
+        raise RuntimeError("Error while uploading") from HTTPError("cut")
 
 
 # -- parts of the card --

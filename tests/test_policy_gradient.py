@@ -375,7 +375,7 @@ def test_a_callback_may_read_the_rollout(algo):
     for callback in (None, Reads()):
         env = make_vec_env("CartPole-v1", n_envs=2, seed=0)
         models.append(algo("MlpPolicy", env, n_steps=64, seed=0, device="cpu").learn(128, callback))
-        # Reading draws random numbers, with which the critic's batches differ
+    # Reading draws random numbers, with which the critic's batches differ
     expected, actual = (parameters(model) for model in models)
     th.testing.assert_close(actual["action_net.weight"], expected["action_net.weight"])
 

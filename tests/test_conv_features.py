@@ -7,7 +7,7 @@ from stable_baselines3.common.torch_layers import NatureCNN
 from torch import nn
 
 from sb3_ext import BCQ, DDQN, DuelingDDQN
-from sb3_ext.common.conv_features import ConvFeatures, MinAtarFeatures
+from sb3_ext.common.conv_features import ConvFeatures, MinAtarFeatures, channels_last, normalized
 
 SPACE = spaces.Box(0, 255, (4, 40, 40), np.uint8)
 
@@ -35,6 +35,29 @@ def test_layout_in_memory_does_not_change_the_features(algo, extractor):
     assert images[0].is_contiguous(memory_format=th.channels_last)
     th.testing.assert_close(images[0], obs.float() / 255)
     th.testing.assert_close(features, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+@pytest.mark.parametrize("dtype", [th.uint8, th.float32])
+def test_images_of_both_layouts_and_types(channels, dtype):
+    images = th.randint(0, 256, (3, channels, 6, 5)).to(dtype)
+    for given in (images, images.contiguous(memory_format=th.channels_last)):
+        kept = given.clone()
+        laid_out = channels_last(given)
+        assert laid_out.is_contiguous(memory_format=th.channels_last)
+        assert laid_out.dtype == dtype and laid_out.equal(images)
+        th.testing.assert_close(normalized(laid_out), images / 255)
+        assert given.equal(kept)
+
+
+def test_gradients_with_respect_to_images():
+    policy = DDQN.policy_aliases["CnnPolicy"](SPACE, spaces.Discrete(3), lambda _: 1e-3)
+    images = th.rand(2, 4, 40, 40).mul_(255).requires_grad_()
+    (gradient,) = th.autograd.grad(policy.q_net(images).sum(), images)
+    expected = BaseModel.extract_features(policy.q_net, images, policy.q_net.features_extractor)
+    (expected,) = th.autograd.grad(policy.q_net.q_net(expected).sum(), images)
+    assert gradient.abs().max() > 0
+    th.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
 
 
 def test_features_of_minatar():

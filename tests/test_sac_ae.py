@@ -21,7 +21,7 @@ from torch import nn
 
 from benchmarks.frames import resident_bytes
 from sb3_ext import SACAE, FrameReplayBuffer
-from sb3_ext.algos.sac_ae.autoencoder import ConvDecoder, ConvEncoder, init_weights, quantize, to_image
+from sb3_ext.algos.sac_ae.autoencoder import ConvDecoder, ConvEncoder, init_weights, quantize, reconstruction_loss, to_image
 from sb3_ext.algos.sac_ae.reconstructions import ReconstructionCallback, montage, pictures
 from sb3_ext.algos.sac_ae.sac_ae import _minimize
 
@@ -116,6 +116,18 @@ def test_quantized_images_by_hand():
     assert quantize(images, 8).sub(images / 256 - 0.5).abs().max() <= 1 / 256
     # The middle of a step comes back as a byte of that step
     assert to_image(floors + 0.5 / 32).tolist() == [4, 4, 12, 100, 252]
+
+
+def test_reconstruction_loss_and_its_gradient():
+    images = th.randint(0, 256, (5, 3, 7, 7), dtype=th.uint8)
+    reconstruction = th.randn(5, 3, 7, 7, requires_grad=True)
+    th.manual_seed(0)
+    loss = reconstruction_loss(reconstruction, images, 5)
+    (gradient,) = th.autograd.grad(3 * loss, reconstruction)
+    th.manual_seed(0)
+    errors = reconstruction.detach().double() - quantize(images, 5).double()
+    th.testing.assert_close(loss.double(), errors.square().mean(), rtol=1e-6, atol=0)
+    th.testing.assert_close(gradient.double(), 3 * 2 * errors / errors.numel(), rtol=1e-5, atol=1e-8)
 
 
 def test_log_std_is_bounded():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
@@ -36,9 +38,9 @@ class ConvEncoder(BaseFeaturesExtractor):
             )
         self.n_layers = n_layers
         self.conv_shape = (n_filters, height, width)
-        layers: list[nn.Module] = [nn.Conv2d(n_channels, n_filters, 3, stride=2), nn.ReLU()]
+        layers: list[nn.Module] = [nn.Conv2d(n_channels, n_filters, 3, stride=2), nn.ReLU(inplace=True)]
         for _ in range(n_layers - 1):
-            layers += [nn.Conv2d(n_filters, n_filters, 3), nn.ReLU()]
+            layers += [nn.Conv2d(n_filters, n_filters, 3), nn.ReLU(inplace=True)]
         self.convolutions = nn.Sequential(*layers).to(memory_format=th.channels_last)  # type: ignore[call-overload]
         self.projection = nn.Sequential(
             nn.Linear(n_filters * height * width, features_dim), nn.LayerNorm(features_dim), nn.Tanh()
@@ -75,7 +77,7 @@ class ConvDecoder(nn.Module):
         self.linear = nn.Linear(encoder.features_dim, n_filters * height * width)
         layers: list[nn.Module] = []
         for _ in range(encoder.n_layers - 1):
-            layers += [nn.ConvTranspose2d(n_filters, n_filters, 3), nn.ReLU()]
+            layers += [nn.ConvTranspose2d(n_filters, n_filters, 3), nn.ReLU(inplace=True)]
         # The row and the column that a stride of 2 leaves out when the size is even
         output_padding = ((image_height - 3) % 2, (image_width - 3) % 2)
         layers.append(nn.ConvTranspose2d(n_filters, n_channels, 3, stride=2, output_padding=output_padding))
@@ -88,16 +90,8 @@ class ConvDecoder(nn.Module):
         :return: Reconstructed images, around 0, see :func:`quantize`, (batch, channels, height, width)
         """
         n_filters, height, width = self.conv_shape
-        maps = self.linear(features).relu().view(-1, height, width, n_filters).permute(0, 3, 1, 2)
+        maps = self.linear(features).relu_().view(-1, height, width, n_filters).permute(0, 3, 1, 2)
         return self.convolutions(maps)
-
-
-def channels_last(images: th.Tensor) -> th.Tensor:
-    """
-    :param images: uint8, (batch, channels, height, width)
-    :return: The same, laid out as convolutions on CPU are faster with; cheaper to arrange while they are bytes
-    """
-    return images.contiguous(memory_format=th.channels_last)
 
 
 def quantize(images: th.Tensor, n_bits: int) -> th.Tensor:
@@ -112,6 +106,30 @@ def quantize(images: th.Tensor, n_bits: int) -> th.Tensor:
     """
     levels = (images >> (8 - n_bits)).float()
     return levels.add_(th.rand_like(levels)).div_(2**n_bits).sub_(0.5)
+
+
+class _ReconstructionLoss(th.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, reconstruction: th.Tensor, quantized: th.Tensor) -> th.Tensor:
+        ctx.errors = quantized.neg_().add_(reconstruction)
+        return ctx.errors.square().mean()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor, None]:
+        # Errors become their own gradient
+        return ctx.errors.mul_(2 / ctx.errors.numel() * gradient), None
+
+
+def reconstruction_loss(reconstruction: th.Tensor, images: th.Tensor, n_bits: int) -> th.Tensor:
+    """
+    A batch of images takes more memory than caches have, so this writes errors and gradient over what it compares with.
+
+    :param reconstruction: Of the decoder, around 0, (batch, channels, height, width)
+    :param images: uint8, of the same shape
+    :param n_bits: See :func:`quantize`
+    :return: Mean squared error, which can be differentiated once
+    """
+    return _ReconstructionLoss.apply(reconstruction, quantize(images, n_bits))
 
 
 def to_image(reconstruction: th.Tensor) -> th.Tensor:

@@ -9,7 +9,6 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
 from stable_baselines3.common.policies import ContinuousCritic
-from stable_baselines3.common.preprocessing import preprocess_obs
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from stable_baselines3.sac.policies import Actor as SACActor
@@ -19,6 +18,7 @@ from torch.distributions import Normal
 
 from sb3_ext.algos.sac_ae.autoencoder import ConvDecoder, ConvEncoder, init_weights
 from sb3_ext.common.adam import fused_unless
+from sb3_ext.common.conv_features import normalized
 
 
 class Actor(SACActor):
@@ -196,9 +196,7 @@ class SACAEPolicy(SACPolicy):
         :param images: Observations, uint8, (batch, channels, height, width)
         :return: What the encoders take
         """
-        preprocessed = preprocess_obs(images, self.observation_space, normalize_images=self.normalize_images)
-        assert isinstance(preprocessed, th.Tensor)
-        return preprocessed
+        return normalized(images) if self.normalize_images else images.float()
 
     def reconstruct(self, images: th.Tensor) -> th.Tensor:
         """

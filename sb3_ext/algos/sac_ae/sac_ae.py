@@ -13,12 +13,12 @@ from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayB
 from stable_baselines3.common.utils import polyak_update, update_learning_rate
 from stable_baselines3.common.vec_env import VecFrameStack, is_vecenv_wrapped, unwrap_vec_wrapper
 from stable_baselines3.sac import SAC
-from torch.nn import functional as F
 
-from sb3_ext.algos.sac_ae.autoencoder import channels_last, quantize, to_image
+from sb3_ext.algos.sac_ae.autoencoder import reconstruction_loss, to_image
 from sb3_ext.algos.sac_ae.policies import Actor, CnnPolicy, Critic, SACAEPolicy
 from sb3_ext.common.adam import SingleTensorAdam
 from sb3_ext.common.arguments import check_range
+from sb3_ext.common.conv_features import channels_last
 from sb3_ext.common.frame_replay_buffer import FrameReplayBuffer
 from sb3_ext.common.replay_buffer import chosen_replay_buffer
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
@@ -274,10 +274,10 @@ class SACAE(RewardNormalizationMixin, SAC):
             if updates_autoencoder and policy.actor_trains_convolutions:
                 maps = encoder.convolutions(obs)
         if updates_autoencoder:
-            reconstruction_loss, latent_loss = self._autoencoder_losses(maps, images)
-            loss = reconstruction_loss + self.latent_coef * latent_loss
+            decoder_loss, latent_loss = self._autoencoder_losses(maps, images)
+            loss = decoder_loss + self.latent_coef * latent_loss
             _minimize(loss, policy.encoder_optimizer, policy.decoder_optimizer)
-            losses.update(reconstruction_loss=reconstruction_loss, latent_loss=latent_loss)
+            losses.update(reconstruction_loss=decoder_loss, latent_loss=latent_loss)
         if self._n_updates % self.target_update_interval == 0:
             self._update_targets()
         return {name: value.detach() for name, value in losses.items()}
@@ -335,8 +335,8 @@ class SACAE(RewardNormalizationMixin, SAC):
         :return: Mean squared error of the reconstruction, and half the mean squared norm of the latent vectors
         """
         features = self.critic.features_extractor.project(maps)
-        reconstruction_loss = F.mse_loss(self.policy.decoder(features), quantize(images, self.n_bits))
-        return reconstruction_loss, 0.5 * features.square().sum(dim=1).mean()
+        loss = reconstruction_loss(self.policy.decoder(features), images, self.n_bits)
+        return loss, 0.5 * features.square().sum(dim=1).mean()
 
     def _update_targets(self) -> None:
         online, target = self.critic, self.critic_target

@@ -1,4 +1,8 @@
-"""What one would try before BCQ, on the same data: behaviour cloning, and SB3's DQN and DDPG that never act."""
+"""
+What one would try before BCQ, on the same data: behaviour cloning, and SB3's DQN and DDPG that never act.
+
+All have the layers of BCQ's critics, its batches, learning rate, discount and target networks: the constraint is what differs.
+"""
 
 from itertools import pairwise
 from typing import Any, ClassVar
@@ -9,7 +13,7 @@ from benchmarks.workers import load, replay_buffer, spaces_env
 
 
 class BehaviourCloning:
-    """Copies the data's actions (cross-entropy for Discrete, squared error for Box actions), with BCQ's layers and budget."""
+    """Copies the data's actions (cross-entropy for Discrete, squared error for Box actions)."""
 
     packages = ("torch",)
 
@@ -20,7 +24,7 @@ class BehaviourCloning:
         th.set_num_threads(spec["threads"])
         th.manual_seed(spec["seed"])
         self.discrete, self.batch_size = spec["discrete"], spec["batch_size"]
-        widths = [int(np.prod(spec["observation_shape"])), *([256, 256] if self.discrete else [400, 300]), spec["n_actions"]]
+        widths = [int(np.prod(spec["observation_shape"])), *spec["net_arch"], spec["n_actions"]]
         layers: list[th.nn.Module] = []
         for n_inputs, n_outputs in pairwise(widths):
             layers += [th.nn.Linear(n_inputs, n_outputs), th.nn.ReLU()]
@@ -55,7 +59,6 @@ class OfflineSB3:
 
     packages = ("stable-baselines3", "torch")
     name: ClassVar[str]
-    arguments: ClassVar[dict[str, Any]]
 
     def __init__(self, spec: dict[str, Any]) -> None:
         import stable_baselines3
@@ -71,10 +74,12 @@ class OfflineSB3:
             env,
             learning_rate=spec["learning_rate"],
             batch_size=self.batch_size,
+            tau=spec["tau"],
+            gamma=spec["gamma"],
+            policy_kwargs={"net_arch": spec["net_arch"]},
             buffer_size=1,
             seed=spec["seed"],
             device="cpu",
-            **self.arguments,
         )
         self.model.replay_buffer = replay_buffer(load(spec), env.observation_space, env.action_space)
         self.model.set_logger(configure(None, []))
@@ -87,11 +92,9 @@ class OfflineSB3:
 
 
 class OfflineDQN(OfflineSB3):
-    """Plain DQN, with BCQ's layers and target network."""
+    """Plain DQN."""
 
     name = "DQN"
-    arguments: ClassVar[dict[str, Any]] = {"policy_kwargs": {"net_arch": [256, 256]}, "gamma": 0.99}
-    tau = 0.005
 
     def update(self, n: int) -> None:
         from stable_baselines3.common.utils import polyak_update
@@ -100,11 +103,10 @@ class OfflineDQN(OfflineSB3):
         for _ in range(n):
             super().update(1)
             # DQN does this while it acts
-            polyak_update(model.q_net.parameters(), model.q_net_target.parameters(), self.tau)
+            polyak_update(model.q_net.parameters(), model.q_net_target.parameters(), model.tau)
 
 
 class OfflineDDPG(OfflineSB3):
-    """Plain DDPG, with BCQ's layers and target networks."""
+    """Plain DDPG."""
 
     name = "DDPG"
-    arguments: ClassVar[dict[str, Any]] = {"policy_kwargs": {"net_arch": [400, 300]}, "gamma": 0.99, "tau": 0.005}

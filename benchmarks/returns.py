@@ -260,6 +260,10 @@ def _offline_spec(run: Run, env: Any, folder: Path) -> tuple[Row, Row]:
     path = folder / "data.npz"
     np.savez(path, **table)  # type: ignore[arg-type]
     spec = data.spec(run.algo, hyperparameters, env.observation_space, env.action_space, seed=run.seed, data=str(path))
+    policy_kwargs = eval(hyperparameters.get("policy_kwargs", "{}"))  # as the zoo does
+    # For the controls; the defaults are BCQ's
+    spec["net_arch"] = policy_kwargs.get("net_arch", [256, 256] if spec["discrete"] else [400, 300])
+    spec["tau"], spec["gamma"] = hyperparameters.get("tau", 0.005), hyperparameters.get("gamma", 0.99)
     return spec, description
 
 

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import pkgutil
 import subprocess
 import sys
 import time
@@ -13,6 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
@@ -32,6 +34,7 @@ from benchmarks.returns import (
     EVALUATION_SEED,
     N_EVALUATION_ENVS,
     Run,
+    _offline_spec,
     execute,
     pending,
     train,
@@ -40,6 +43,7 @@ from benchmarks.returns import (
 )
 from benchmarks.soft_values import bias_of_values, soft_returns
 from benchmarks.speed import measure_on_policy, paired_ratio, race
+from benchmarks.workers import CONTENDERS
 from sb3_ext import OptionCritic, SACDiscrete
 
 RUN = Run("study", "bcq", "zoo", "bcq", "CartPole-v1", 1)
@@ -188,8 +192,9 @@ def test_a_contender_trains_and_acts_in_its_process(tmp_path: Path, name: str):
     case = replace(cases.by_name("bcq-continuous-b100"), observation_shape=(3,), n_actions=2, n_transitions=400)
     cases.synthetic(case, tmp_path / "data.npz")
     with Worker(name, tmp_path) as worker:
-        versions = worker.ask("build", spec=case.spec(data=str(tmp_path / "data.npz"), act_batch=4))["versions"]
-        assert "torch" in versions
+        of_controls = {} if name == "ours" else {"net_arch": [8], "tau": 0.1, "gamma": 0.9}
+        spec = case.spec(data=str(tmp_path / "data.npz"), act_batch=4, **of_controls)
+        assert "torch" in worker.ask("build", spec=spec)["versions"]
         action_space = spaces.Box(np.array([-1.0, 0.0]), np.array([1.0, 10.0]), dtype=np.float32)
         agent, observations = RemoteAgent(worker, action_space), np.ones((5, 3), np.float32)
         before, _ = agent.predict(observations)
@@ -198,6 +203,18 @@ def test_a_contender_trains_and_acts_in_its_process(tmp_path: Path, name: str):
         assert all(action in action_space for action in after) and after.shape == (5, 2)
         assert not np.array_equal(before, after)
         assert worker.ask("peak")["bytes"] > 1e7
+
+
+def test_controls_have_the_settings_of_the_algorithm(tmp_path: Path):
+    for env, name, net_arch, gamma in (
+        ("CartPole-v1", "offline-dqn", [256, 256], 0.99),
+        ("Pendulum-v1", "offline-ddpg", [128, 128], 0.98),
+    ):
+        run = Run("shipped", name, name, "bcq", env, seed=1)
+        spec, _ = _offline_spec(run, gym.make(env), tmp_path)
+        assert (spec["net_arch"], spec["gamma"], spec["tau"]) == (net_arch, gamma, 0.02)
+        model = pkgutil.resolve_name(CONTENDERS[name])(spec).model
+        assert (model.gamma, model.tau, model.policy.net_arch) == (gamma, 0.02, net_arch)
 
 
 def test_a_contender_that_fails_says_why(tmp_path: Path):

@@ -37,7 +37,8 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--jobs", type=int, default=1, help="runs at a time")
 
     verb = verbs.add_parser("speed", parents=[folder], help="time against the peers, in turns")
-    verb.add_argument("--cases", nargs="+", default=[case.name for case in cases.ALL_CASES], help="default: all of the pages")
+    names = [case.name for case in cases.ALL_CASES]
+    verb.add_argument("--cases", nargs="+", default=names, choices=names, metavar="CASE", help="default: all of the pages")
     pages = list(dict.fromkeys(results.page_of(case.algo) for case in cases.ALL_CASES))
     verb.add_argument("--pages", nargs="+", default=pages, choices=pages, help="default: all")
     verb.add_argument("--threads", nargs="+", type=int, default=[1])

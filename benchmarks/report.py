@@ -214,13 +214,24 @@ def against(rates: dict[str, list[float]], peers: list[str]) -> list[str]:
     return [f"{statistics.median(ours):.1f}", *others]
 
 
+def latest_speeds(rows: list[Row]) -> list[Row]:
+    """:return: the latest measurement of each case and number of threads on each machine: ratios differ between processors"""
+    return [group[-1] for group in grouped(rows, "case", "threads", "machine").values()]
+
+
+def circumstances(row: Row) -> list[str]:
+    """:return: the first cells of a line in a table of speeds"""
+    processor, _cores, _system = row["machine"].rsplit(", ", 2)
+    return [row["case"], processor, str(row["threads"])]
+
+
 def speed_section(rows: list[Row]) -> str:
-    """:return: tables of the latest measurement of each case and number of threads"""
-    latest = [group[-1] for group in grouped(rows, "case", "threads").values()]
+    """:return: tables of the latest measurements"""
+    latest = latest_speeds(rows)
     peers = list(dict.fromkeys(peer for row in latest for peer in peers_of(row)))
     updates, acts, peaks = [], [], []
     for row in latest:
-        name, rates = [row["case"], str(row["threads"])], row["updates_per_s"]
+        name, rates = circumstances(row), row["updates_per_s"]
         bound = statistics.median(rates["arithmetic"])
         share = f"{bound:.1f} ({paired_ratio(rates['ours'], rates['arithmetic']):.2f})"
         updates.append([*name, *against(rates, peers), share, f"{bound * row['gflop']:.0f}"])
@@ -228,7 +239,7 @@ def speed_section(rows: list[Row]) -> str:
         peaks.append(
             [*name, *(f"{row['peak_bytes'][who] / 1e6:.0f}" if who in row["peak_bytes"] else "" for who in ("ours", *peers))]
         )
-    header = ["case", "threads", "ours", *peers]
+    header = ["case", "processor", "threads", "ours", *peers]
     return "\n\n".join(
         [
             "### Speed",
@@ -248,8 +259,8 @@ def speed_section(rows: list[Row]) -> str:
 
 
 def on_policy_section(rows: list[Row]) -> str:
-    """:return: tables of the latest measurement of each case and number of threads, with the algorithms that were compared"""
-    latest = [group[-1] for group in grouped(rows, "case", "threads").values()]
+    """:return: tables of the latest measurements, with the algorithms that were compared"""
+    latest = latest_speeds(rows)
     parts = []
     for (measured,), of_measured in grouped(latest, "measured").items():
         peers = list(dict.fromkeys(name for row in of_measured for name in row["rates"] if name != "ours"))
@@ -258,8 +269,8 @@ def on_policy_section(rows: list[Row]) -> str:
             names = [row["specs"][name]["algo"] if name in row["specs"] else "" for name in ("ours", *peers)]
             rates = against(row["rates"], peers)
             cells = [f"{name} {rate}".strip() for name, rate in zip(names, rates, strict=True)]
-            lines.append([row["case"], str(row["threads"]), *cells])
-        parts += [ON_POLICY_TABLES[measured], table(["case", "threads", "ours", *peers], lines)]
+            lines.append([*circumstances(row), *cells])
+        parts += [ON_POLICY_TABLES[measured], table(["case", "processor", "threads", "ours", *peers], lines)]
     return "\n\n".join(
         [
             "### Speed",

@@ -491,19 +491,22 @@ def test_interquartile_mean_and_report(tmp_path: Path):
         results.append(path, returns_row(replace(RUN, seed=seed), final))
     rates = {"ours": [30.0, 10.0, 30.0], "d3rlpy": [10.0, 5.0, 10.0], "arithmetic": [40.0, 20.0, 40.0]}
     speed = {"kind": "speed", "case": "c", "threads": 1, "gflop": 2.0, "command": "python -m benchmarks speed"}
-    results.append(
-        path,
-        {
-            **speed,
-            "updates_per_s": rates,
-            "observations_per_s": {"ours": [4.0], "d3rlpy": [2.0]},
-            "peak_bytes": {"ours": 5e6, "d3rlpy": 6e6},
-            **results.stamp(),
-        },
-    )
+    row = {
+        **speed,
+        "updates_per_s": rates,
+        "observations_per_s": {"ours": [4.0], "d3rlpy": [2.0]},
+        "peak_bytes": {"ours": 5e6, "d3rlpy": 6e6},
+        **results.stamp(),
+    }
+    for maker, ours in (("A", [1.0, 1.0, 1.0]), ("A", rates["ours"]), ("B (family 6)", [20.0, 10.0, 20.0])):
+        updates = {**rates, "ours": ours}
+        results.append(path, {**row, "updates_per_s": updates, "machine": f"{maker}, 2 cores, Linux"})
     page = write(path, tmp_path / "docs").read_text()
     assert "| bcq | 110.0 ± 10.0 |" in page and "| 55.0 ± 5.0 | 100 120 | 20 | 1.0 |" in page
-    assert "| c | 1 | 30.0 | 10.0 (**3.00 x**) | 40.0 (0.75) | 80 |" in page
+    assert "| c | A | 1 | 30.0 | 10.0 (**3.00 x**) | 40.0 (0.75) | 80 |" in page
+    assert "| c | B (family 6) | 1 | 20.0 | 10.0 (**2.00 x**) | 40.0 (0.50) | 80 |" in page
+    # Only the latest of a machine
+    assert page.count("| c | A | 1 |") == 3
     assert (tmp_path / "docs" / "page-study-CartPole-v1.png").stat().st_size > 5000
 
 
@@ -549,12 +552,13 @@ def test_report_of_on_policy_algorithms(tmp_path: Path):
     for case, rates in (("a", {"ours": [30.0], "sb3": [10.0]}), ("b", {"ours": [8.0], "tianshou": [4.0]})):
         specs = {name: {"algo": f"algo-{name}"} for name in rates}
         row = {"kind": "on-policy speed", "case": case, "measured": "learn", "threads": 1, "rates": rates, "specs": specs}
-        results.append(path, {**row, "command": "python -m benchmarks speed", **results.stamp()})
+        stamp = {**results.stamp(), "machine": "A, 2 cores, Linux"}
+        results.append(path, {**row, "command": "python -m benchmarks speed", **stamp})
     page = write(path, tmp_path / "docs").read_text()
     assert "### MinAtar/Breakout-v1\n" in page and "normalised" not in page
     assert "| trpo_fast | 110.0 ± 10.0 |" in page and "| 100 120 | 20 | 1.0 |" in page
-    assert "| a | 1 | algo-ours 30.0 | algo-sb3 10.0 (**3.00 x**) |  |" in page
-    assert "| b | 1 | algo-ours 8.0 |  | algo-tianshou 4.0 (**2.00 x**) |" in page
+    assert "| a | A | 1 | algo-ours 30.0 | algo-sb3 10.0 (**3.00 x**) |  |" in page
+    assert "| b | A | 1 | algo-ours 8.0 |  | algo-tianshou 4.0 (**2.00 x**) |" in page
     assert (tmp_path / "docs" / "page-default-MinAtar-Breakout-v1.png").stat().st_size > 5000
 
 

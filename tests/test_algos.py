@@ -16,6 +16,9 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
 
+from sb3_ext.common.adam import SingleTensorAdam
+from sb3_ext.common.denormals import flushes_denormals
+
 each_case = pytest.mark.parametrize("case", CASES, ids=str)
 each_observation = pytest.mark.parametrize(
     ("case", "observation"),
@@ -109,6 +112,26 @@ def test_seed_decides_the_result(case):
     assert_same_weights(first, second)
     with pytest.raises(AssertionError):
         assert_same_weights(first, other)
+
+
+@each_case
+def test_denormals_are_zero_while_networks_are_trained(case, monkeypatch):
+    seen = set()
+
+    def recording(step):
+        def wrapper(*args, **kwargs):
+            seen.add(flushes_denormals())
+            return step(*args, **kwargs)
+
+        # Otherwise torch wraps it in calls of hooks
+        wrapper.hooked = True
+        return wrapper
+
+    for optimizer_class in (th.optim.Adam, SingleTensorAdam):
+        monkeypatch.setattr(optimizer_class, "step", recording(optimizer_class.step))
+    case.make(case.env()).learn(N_STEPS)
+    assert seen == {True}
+    assert not flushes_denormals()
 
 
 @each_case

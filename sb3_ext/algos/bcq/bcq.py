@@ -20,6 +20,7 @@ from sb3_ext.algos.bcq.policies import (
     DiscreteMultiInputPolicy,
 )
 from sb3_ext.common.arguments import check_range
+from sb3_ext.common.denormals import without_denormals
 from sb3_ext.common.losses import huber_loss
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 from sb3_ext.offline.layout import Samples
@@ -175,6 +176,7 @@ class BCQ(OfflineAlgorithm):
             "n_acting_candidates": self.n_acting_candidates,
         }
 
+    @without_denormals
     def train(self, gradient_steps: int, batch_size: int) -> None:
         assert self.transitions is not None
         # Setting it visits every module; only acting has unset it

@@ -13,6 +13,7 @@ from stable_baselines3.dqn import DQN
 
 from sb3_ext.algos.ddqn.policies import CnnPolicy, DDQNPolicy, MlpPolicy, MultiInputPolicy
 from sb3_ext.common.arguments import check_range
+from sb3_ext.common.denormals import without_denormals
 from sb3_ext.common.losses import huber_loss
 from sb3_ext.common.q_network import QNetwork
 from sb3_ext.common.replay_buffer import chosen_replay_buffer, split_batch
@@ -149,6 +150,7 @@ class DDQN(RewardNormalizationMixin, DQN):
         check_range(self, 0, 1, "tau", "gamma", "exploration_initial_eps", "exploration_final_eps")
         check_range(self, 1, float("inf"), "buffer_size", "batch_size", "n_steps", "target_update_interval")
 
+    @without_denormals
     def train(self, gradient_steps: int, batch_size: int = 100) -> None:
         """
         Sample the replay buffer and do the updates.

@@ -13,6 +13,7 @@ from stable_baselines3.common.type_aliases import GymEnv, RolloutBufferSamples, 
 from stable_baselines3.common.utils import FloatSchedule
 
 from sb3_ext.common.arguments import check_range
+from sb3_ext.common.denormals import without_denormals
 from sb3_ext.common.fisher import kl_divergence, linearize
 from sb3_ext.common.natural_gradient import conjugate_gradients, natural_step
 from sb3_ext.common.observations import map_observations
@@ -134,6 +135,7 @@ class NPG(PolicyGradientAlgorithm):
         if _init_setup_model:
             self._setup_model()
 
+    @without_denormals
     def train(self) -> None:
         """Update actor and critic once with the rollout."""
         self._prepare_update()

@@ -25,6 +25,7 @@ from torch.nn import functional as F
 from sb3_ext.algos.option_critic.policies import CnnPolicy, MlpPolicy, MultiInputPolicy, OptionCriticPolicy, Outputs, Step
 from sb3_ext.algos.option_critic.statistics import OptionStatistics
 from sb3_ext.common.arguments import check_range
+from sb3_ext.common.denormals import without_denormals
 from sb3_ext.common.flat_parameters import backward
 from sb3_ext.common.losses import clipped_surrogate_loss, standardized
 from sb3_ext.common.observations import map_observations
@@ -307,6 +308,7 @@ class OptionCritic(RewardNormalizationMixin):
 
     # ---- Learning ----
 
+    @without_denormals
     def train(self, gradient_steps: int, batch_size: int = 32) -> None:
         """
         Update the values on replayed transitions and, with the last update, policies and terminations on the rollout.

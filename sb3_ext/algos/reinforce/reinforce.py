@@ -10,6 +10,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, Schedule
 
 from sb3_ext.algos.vpg import VPG
+from sb3_ext.common.denormals import without_denormals
 from sb3_ext.common.observations import map_observations
 
 # Part of the running baseline that a rollout leaves as it was
@@ -132,6 +133,7 @@ class REINFORCE(VPG):
             _init_setup_model=_init_setup_model,
         )
 
+    @without_denormals
     def train(self) -> None:
         """Update the policy once with the episodes that ended in the rollout."""
         self.policy.set_training_mode(True)

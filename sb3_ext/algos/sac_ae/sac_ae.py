@@ -19,6 +19,7 @@ from sb3_ext.algos.sac_ae.policies import Actor, CnnPolicy, Critic, SACAEPolicy
 from sb3_ext.common.adam import SingleTensorAdam
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.conv_features import channels_last
+from sb3_ext.common.denormals import without_denormals
 from sb3_ext.common.frame_replay_buffer import FrameReplayBuffer
 from sb3_ext.common.replay_buffer import chosen_replay_buffer
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
@@ -211,6 +212,7 @@ class SACAE(RewardNormalizationMixin, SAC):
         # Not by trying: what a process of SubprocVecEnv lacks ends it
         return int(self.env.get_attr("n_stack", indices=0)[0]) if self.env.has_attr("n_stack") else 1
 
+    @without_denormals
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
         Sample the replay buffer and do the updates.

@@ -21,6 +21,7 @@ from sb3_ext.algos.sac_discrete.policies import (
 )
 from sb3_ext.common.adam import SingleTensorAdam
 from sb3_ext.common.arguments import check_range
+from sb3_ext.common.denormals import without_denormals
 from sb3_ext.common.replay_buffer import chosen_replay_buffer
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
@@ -182,6 +183,7 @@ class SACDiscrete(RewardNormalizationMixin):
         else:
             self.ent_coef_tensor = th.tensor(value, device=self.device)
 
+    @without_denormals
     def train(self, gradient_steps: int, batch_size: int = 64) -> None:
         """
         Sample the replay buffer and do the updates.

@@ -9,6 +9,7 @@ from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.type_aliases import GymEnv, PyTorchObs, Schedule
 
 from sb3_ext.common.actor_critic import action_distribution
+from sb3_ext.common.denormals import without_denormals
 from sb3_ext.common.fisher import kl_divergence
 from sb3_ext.common.policy_gradient import PolicyGradientAlgorithm
 
@@ -109,6 +110,7 @@ class VPG(PolicyGradientAlgorithm):
         super()._setup_model()
         self.actor_optimizer = self._make_optimizer(self.actor_parameters)
 
+    @without_denormals
     def train(self) -> None:
         """Update actor and critic once with the rollout."""
         self.policy.set_training_mode(True)

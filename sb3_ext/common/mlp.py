@@ -32,9 +32,11 @@ _onednn_linear: Any = getattr(th.ops.mkldnn, "_linear_pointwise", None) if _has_
 # Products with fewer multiplications than this are as fast in MKL, because calling it costs less
 _MIN_PRODUCT = 2**24
 
-# The same for gradients of weights: MKL takes the transposed factors as they are and writes the result to its place, which
-# makes it up to twice as fast on Intel's processors
-_MIN_WEIGHT_PRODUCT = 2**23 if "AuthenticAMD" in _processor() else math.inf
+# The same for gradients of weights and inputs: MKL takes the transposed factors as they are and writes the gradients of weights
+# to their place, which makes it as fast to twice as fast on Intel's processors
+_is_amd = "AuthenticAMD" in _processor()
+_MIN_WEIGHT_PRODUCT = 2**23 if _is_amd else math.inf
+_MIN_INPUT_PRODUCT = _MIN_PRODUCT if _is_amd else math.inf
 
 # Networks are computed in numpy up to so many multiplications. OpenBLAS divides larger products among threads, and these wait
 # long for each other on a busy machine.
@@ -290,6 +292,17 @@ def _weight_gradient(grad: th.Tensor, inputs: th.Tensor, out: th.Tensor | None) 
     return product if out is None else out.copy_(product)
 
 
+def _input_gradient(grad: th.Tensor, weight: th.Tensor) -> th.Tensor:
+    """
+    :param grad: (n, m)
+    :param weight: (m, k)
+    :return: ``grad @ weight``, (n, k)
+    """
+    if _onednn_linear is None or grad.numel() * weight.shape[1] < _MIN_INPUT_PRODUCT:
+        return th.mm(grad, weight)
+    return _multiply(grad, weight.t())
+
+
 def _blocks(n_rows: int, *tensors: th.Tensor) -> Iterator[tuple[th.Tensor, ...]]:
     """:return: the tensors' first ``n_rows`` rows, then the next ones, and so on"""
     return zip(*[tensor.split(n_rows) for tensor in tensors], strict=True)
@@ -347,7 +360,7 @@ def backward_layers(
             grads[2 + 2 * layer] = th.sum(grad, 0, out=None if out is None else out[2 * layer + 1])
         if not any(wanted[: 1 + 2 * layer]):
             return grads
-        grad = _multiply(grad, weights[layer].t())
+        grad = _input_gradient(grad, weights[layer])
         if layer > 0:
             grad = derivative(grad, activations[layer])
     grads[0] = grad

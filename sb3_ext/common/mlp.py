@@ -32,8 +32,8 @@ _onednn_linear: Any = getattr(th.ops.mkldnn, "_linear_pointwise", None) if _has_
 # Products with fewer multiplications than this are as fast in MKL, because calling it costs less
 _MIN_PRODUCT = 2**24
 
-# The same for gradients of weights and inputs: MKL takes the transposed factors as they are and writes the gradients of weights
-# to their place, which makes it as fast to twice as fast on Intel's processors
+# The same for gradients of weights and inputs: MKL takes the transposed factors as they are and writes gradients of weights to
+# their place, which makes it as fast to twice as fast on Intel's processors
 _is_amd = "AuthenticAMD" in _processor()
 _MIN_WEIGHT_PRODUCT = 2**23 if _is_amd else math.inf
 _MIN_INPUT_PRODUCT = _MIN_PRODUCT if _is_amd else math.inf

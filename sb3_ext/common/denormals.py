@@ -25,7 +25,7 @@ def without_denormals(function: Callable[P, R]) -> Callable[P, R]:
     A decorator that makes numbers too small for a normal float, below 1.2e-38, count as zero on CPU while a function runs.
 
     Where gradients stay zero, as those of units that no input activates, Adam's averages of them decay into such numbers and
-    never leave them again, and each operation on one takes a processor of Intel's a hundred times as long as any other.
+    never leave them again, and operations on them take Intel's processors many times as long as others.
 
     The setting belongs to a thread. Threads that torch began earlier keep theirs.
 

@@ -21,7 +21,17 @@ from torch import nn
 
 from benchmarks.frames import resident_bytes
 from sb3_ext import SACAE, FrameReplayBuffer
-from sb3_ext.algos.sac_ae.autoencoder import ConvDecoder, ConvEncoder, init_weights, quantize, reconstruction_loss, to_image
+from sb3_ext.algos.sac_ae.autoencoder import (
+    ConvDecoder,
+    ConvEncoder,
+    _ConvTranspose2d,
+    _random_bytes,
+    _ReLU,
+    init_weights,
+    quantize,
+    reconstruction_loss,
+    to_image,
+)
 from sb3_ext.algos.sac_ae.reconstructions import ReconstructionCallback, montage, pictures
 from sb3_ext.algos.sac_ae.sac_ae import _minimize
 
@@ -63,8 +73,8 @@ def test_decoder_mirrors_encoder(n_layers, shape):
     assert encoder.convolutions(images).shape[1:] == encoder.conv_shape
     assert encoder(images).shape == (2, 7)
     assert decoder(encoder(images)).shape == images.shape
-    kinds = [type(layer) for layer in decoder.convolutions]
-    assert kinds.count(nn.ConvTranspose2d) == n_layers and kinds[-1] is nn.ConvTranspose2d
+    are_convolutions = [isinstance(layer, nn.ConvTranspose2d) for layer in decoder.convolutions]
+    assert sum(are_convolutions) == n_layers and are_convolutions[-1]
 
 
 def test_sizes_of_the_paper():
@@ -116,6 +126,41 @@ def test_quantized_images_by_hand():
     assert quantize(images, 8).sub(images / 256 - 0.5).abs().max() <= 1 / 256
     # The middle of a step comes back as a byte of that step
     assert to_image(floors + 0.5 / 32).tolist() == [4, 4, 12, 100, 252]
+
+
+@pytest.mark.parametrize("memory_format", [th.contiguous_format, th.channels_last])
+def test_random_bytes_are_uniform_and_laid_out_like_the_images(memory_format):
+    th.manual_seed(0)
+    images = th.zeros(50, 3, 31, 33, dtype=th.uint8).to(memory_format=memory_format)
+    noise = _random_bytes(images)
+    assert noise.shape == images.shape and noise.stride() == images.stride() and noise.dtype == th.uint8
+    counts = noise.flatten().bincount(minlength=256)
+    assert len(counts) == 256
+    # Chi-squared with 255 degrees of freedom: 99.9 % are below 331
+    expected = images.numel() / 256
+    assert ((counts - expected) ** 2 / expected).sum() < 331
+    # Also of a part of an image
+    assert _random_bytes(images[:, :, ::2]).shape == (50, 3, 16, 33)
+
+
+@pytest.mark.parametrize("memory_format", [th.contiguous_format, th.channels_last])
+@pytest.mark.parametrize("sizes", [{}, {"stride": 2, "output_padding": (1, 0)}])
+def test_layers_of_the_decoder_are_those_of_torch(memory_format, sizes):
+    th.manual_seed(0)
+    ours = nn.Sequential(_ConvTranspose2d(4, 5, 3, **sizes), _ReLU(), _ConvTranspose2d(5, 3, 3), _ReLU()).double()
+    torchs = nn.Sequential(nn.ConvTranspose2d(4, 5, 3, **sizes), nn.ReLU(), nn.ConvTranspose2d(5, 3, 3), nn.ReLU()).double()
+    torchs.load_state_dict(ours.state_dict())
+    maps, weights = th.randn(2, 4, 6, 7).double().to(memory_format=memory_format), None
+    results = []
+    for layers in (ours, torchs):
+        inputs = maps.clone().requires_grad_()
+        outputs = layers(inputs)
+        weights = th.randn_like(outputs) if weights is None else weights
+        gradients = th.autograd.grad((outputs * weights).sum(), [inputs, *layers.parameters()])
+        results.append([outputs, *gradients])
+    assert results[0][0].count_nonzero() not in (0, results[0][0].numel())
+    for of_ours, of_torchs in zip(*results, strict=True):
+        th.testing.assert_close(of_ours, of_torchs, rtol=1e-10, atol=1e-12)
 
 
 def test_reconstruction_loss_and_its_gradient():
@@ -217,12 +262,8 @@ class PlainUpdate:
             self.step((ent_coef * log_prob - q).mean(), self.actor_optimizer)
             ent_coef_loss = (self.log_ent_coef.exp() * (-log_prob - -float(n_actions)).detach()).mean()
             self.step(ent_coef_loss, self.ent_coef_optimizer)
-        # Random numbers in the order of the faster layout
-        quantized = (
-            th.floor(batch.observations.double() / 8) / 32
-            + th.rand(obs.permute(0, 2, 3, 1).shape).double().permute(0, 3, 1, 2) / 32
-            - 0.5
-        )
+        noise = _random_bytes(batch.observations.to(memory_format=th.channels_last)).double() / 256
+        quantized = (th.floor(batch.observations.double() / 8) + noise) / 32 - 0.5
         latent = critic.features_extractor(obs)
         loss = ((decoder(latent) - quantized) ** 2).mean() + 1e-6 * (0.5 * latent**2).sum(1).mean()
         self.step(loss, self.encoder_optimizer, self.decoder_optimizer)

@@ -10,6 +10,39 @@ from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
 
 
+class _ReLUFunction(th.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, inputs: th.Tensor) -> th.Tensor:
+        ctx.mark_dirty(inputs.relu_())
+        ctx.save_for_backward(inputs)
+        return inputs
+
+    @staticmethod
+    def backward(ctx: Any, gradient: th.Tensor) -> th.Tensor:
+        (outputs,) = ctx.saved_tensors
+        result = gradient if gradient.is_contiguous(memory_format=th.channels_last) else th.empty_like(gradient)
+        return th.ops.aten.threshold_backward.grad_input(gradient, outputs, 0, grad_input=result)
+
+
+class _ReLU(nn.Module):
+    """
+    Between convolutions: maps of a batch take more memory than caches have, so this writes over them, and on the way back over
+    the gradient, which nothing else may read.
+    """
+
+    def forward(self, maps: th.Tensor) -> th.Tensor:
+        return _ReLUFunction.apply(maps)
+
+
+class _ConvTranspose2d(nn.ConvTranspose2d):
+    """Without padding. The bias is added afterwards: on CPU the gradient of torch's own takes as long as that of the weights."""
+
+    def forward(self, maps: th.Tensor) -> th.Tensor:  # type: ignore[override]
+        sizes = {"stride": self.stride, "output_padding": self.output_padding}
+        outputs = nn.functional.conv_transpose2d(maps, self.weight, **sizes)  # type: ignore[arg-type]
+        return outputs if self.bias is None else outputs.add_(self.bias.view(-1, 1, 1))
+
+
 class ConvEncoder(BaseFeaturesExtractor):
     """
     Convolutions of 3 x 3, the first with stride 2, and a linear layer with layer normalization and tanh behind them.
@@ -38,9 +71,9 @@ class ConvEncoder(BaseFeaturesExtractor):
             )
         self.n_layers = n_layers
         self.conv_shape = (n_filters, height, width)
-        layers: list[nn.Module] = [nn.Conv2d(n_channels, n_filters, 3, stride=2), nn.ReLU(inplace=True)]
+        layers: list[nn.Module] = [nn.Conv2d(n_channels, n_filters, 3, stride=2), _ReLU()]
         for _ in range(n_layers - 1):
-            layers += [nn.Conv2d(n_filters, n_filters, 3), nn.ReLU(inplace=True)]
+            layers += [nn.Conv2d(n_filters, n_filters, 3), _ReLU()]
         self.convolutions = nn.Sequential(*layers).to(memory_format=th.channels_last)  # type: ignore[call-overload]
         self.projection = nn.Sequential(
             nn.Linear(n_filters * height * width, features_dim), nn.LayerNorm(features_dim), nn.Tanh()
@@ -77,10 +110,10 @@ class ConvDecoder(nn.Module):
         self.linear = nn.Linear(encoder.features_dim, n_filters * height * width)
         layers: list[nn.Module] = []
         for _ in range(encoder.n_layers - 1):
-            layers += [nn.ConvTranspose2d(n_filters, n_filters, 3), nn.ReLU(inplace=True)]
+            layers += [_ConvTranspose2d(n_filters, n_filters, 3), _ReLU()]
         # The row and the column that a stride of 2 leaves out when the size is even
         output_padding = ((image_height - 3) % 2, (image_width - 3) % 2)
-        layers.append(nn.ConvTranspose2d(n_filters, n_channels, 3, stride=2, output_padding=output_padding))
+        layers.append(_ConvTranspose2d(n_filters, n_channels, 3, stride=2, output_padding=output_padding))
         self.convolutions = nn.Sequential(*layers).to(memory_format=th.channels_last)  # type: ignore[call-overload]
         self.apply(init_weights)
 
@@ -102,17 +135,24 @@ def quantize(images: th.Tensor, n_bits: int) -> th.Tensor:
 
     :param images: uint8
     :param n_bits: Bits that are kept of each byte, 1 to 8
-    :return: ``floor(images / 2**(8 - n_bits)) / 2**n_bits + U(0, 1) / 2**n_bits - 0.5``, in [-0.5, 0.5)
+    :return: ``floor(images / 2**(8 - n_bits)) / 2**n_bits + U(0, 1) / 2**n_bits - 0.5``, in [-0.5, 0.5). ``U(0, 1)`` is a
+        random byte over 256, because drawing floats takes longer than all the rest.
     """
     levels = (images >> (8 - n_bits)).float()
-    return levels.add_(th.rand_like(levels)).div_(2**n_bits).sub_(0.5)
+    return levels.add_(_random_bytes(images), alpha=1 / 256).div_(2**n_bits).sub_(0.5)
+
+
+def _random_bytes(images: th.Tensor) -> th.Tensor:
+    """:return: eight of each random number, of the shape and on the device of ``images``, and laid out alike"""
+    numbers = th.empty(-(-images.numel() // 8), dtype=th.int64, device=images.device).random_(-(2**63), None)
+    return numbers.view(th.uint8).as_strided(images.shape, th.empty_like(images).stride())
 
 
 class _ReconstructionLoss(th.autograd.Function):
     @staticmethod
     def forward(ctx: Any, reconstruction: th.Tensor, quantized: th.Tensor) -> th.Tensor:
         ctx.errors = quantized.neg_().add_(reconstruction)
-        return ctx.errors.square().mean()
+        return th.linalg.vector_norm(ctx.errors).square() / ctx.errors.numel()
 
     @staticmethod
     def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor, None]:

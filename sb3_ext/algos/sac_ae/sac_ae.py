@@ -21,6 +21,7 @@ from sb3_ext.common.arguments import check_range
 from sb3_ext.common.conv_features import channels_last
 from sb3_ext.common.denormals import without_denormals
 from sb3_ext.common.frame_replay_buffer import FrameReplayBuffer
+from sb3_ext.common.malloc import keep_freed_memory
 from sb3_ext.common.replay_buffer import chosen_replay_buffer
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
@@ -221,6 +222,8 @@ class SACAE(RewardNormalizationMixin, SAC):
         :param batch_size: Transitions in one update
         """
         assert self.replay_buffer is not None
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.policy.set_training_mode(True)
         self._update_learning_rates()
         if self._n_updates == 0:

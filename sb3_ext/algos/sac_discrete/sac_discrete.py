@@ -279,7 +279,7 @@ class SACDiscrete(RewardNormalizationMixin):
         actions: th.Tensor,
         target_q_values: th.Tensor,
     ) -> None:
-        """Zhou et al. 2022, equation 12: the larger of both squared errors, whose gradient is zero where it is that of the clipped value."""
+        """The larger of both squared errors (Zhou et al. 2022), without gradient where it is that of the clipped value."""
         assert self.q_clip is not None
         for gradient, of_critic, of_target in zip(gradients, q_values, self.policy.critic_target.heads(obs), strict=True):
             now, before = of_critic.gather(1, actions), of_target.gather(1, actions)

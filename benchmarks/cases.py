@@ -239,8 +239,8 @@ def sac_discrete(case: Case) -> list[Product]:
 
 def sac_ae(case: Case) -> list[Product]:
     """
-    Yarats et al. 2019, an update that is not the actor's turn: the actor's and the target's encoder in the next state, the
-    critics' before and after their step, and the decoder.
+    Yarats et al. 2019: the actor's and the target's encoder in the next state, the critics' before and after their step, and
+    the decoder. Every other update is the actor's turn, too, which counts as half a batch in each.
     """
     n, (channels, size, _), act = case.batch_size, case.observation_shape, case.n_actions
     sides = [(size - 3) // 2 + 1 - 2 * layer for layer in range(4)]
@@ -254,7 +254,10 @@ def sac_ae(case: Case) -> list[Product]:
     critics += backward(n, *projection, inputs=True) + gradients
     # A transposed convolution takes as many operations as the convolution that it mirrors
     decoder = forward(n, *projection[::-1]) + backward(n, *projection[::-1], inputs=True) + 3 * convolutions
-    return target + critics + encoder + decoder + backward(n, *projection, inputs=True) + gradients
+    policy = (*projection, 1024, 1024, 2 * act)
+    actor = forward(n // 2, *policy) + forward(n // 2, *projection) + backward(n // 2, *policy)
+    actor += 2 * (forward(n // 2, *critic) + backward(n // 2, *critic, weights=False, inputs=True))
+    return target + critics + actor + encoder + decoder + backward(n, *projection, inputs=True) + gradients
 
 
 # The paper's settings for Atari, as in hyperparams/bcq.yml

@@ -177,7 +177,7 @@ def test_operations_of_one_update():
     counted = {case.name: cases.gflop(case.products(case)) for case in cases.CASES}
     assert counted["bcq-continuous-b100"] == pytest.approx(3.07, rel=0.01)
     assert counted["bcq-pixels-b32"] == pytest.approx(3.3, rel=0.05)
-    # Yarats et al.: about 12 passes of 11.3 through the encoder; ours saves the actor's
+    # Yarats et al.: about 12 passes of 11.3 through the encoder; ours saves the actor's convolutions
     assert counted["sac-ae-b128"] == pytest.approx(11 * 11.3, rel=0.05)
 
 

@@ -7,8 +7,8 @@ import pytest
 
 pytestmark = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
 
-# 100 MB, again and again: how many pages are new to the process in the end? At first aligned memory finds no place large enough
-# among what was freed.
+# 100 MB, again and again: how many pages are new to the process in the end? At first aligned memory finds no place that is
+# large enough among what was freed.
 SCRIPT = """
 import resource, sys
 import torch as th

@@ -35,7 +35,7 @@ class _ReLU(nn.Module):
 
 
 class _ConvTranspose2d(nn.ConvTranspose2d):
-    """Without padding. The bias is added afterwards: on CPU the gradient of torch's own takes as long as that of the weights."""
+    """Without padding. Adds the bias afterwards: on CPU the gradient of torch's own takes as long as that of the weights."""
 
     def forward(self, maps: th.Tensor) -> th.Tensor:  # type: ignore[override]
         sizes = {"stride": self.stride, "output_padding": self.output_padding}

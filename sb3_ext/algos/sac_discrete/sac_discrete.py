@@ -54,9 +54,6 @@ class SACDiscrete(RewardNormalizationMixin):
     :param target_update_interval: Update the target critics in every so many updates, >= 1
     :param target_entropy: Entropy in nats that the learned coefficient aims at, in [0, log(n_actions)], or "auto"
     :param target_entropy_ratio: What "auto" stands for, as a fraction of the largest entropy, ``log(n_actions)``, in [0, 1]
-    :param averaged_q: Whether targets and actor see the mean of the critics' values instead of the smallest
-    :param q_clip: If given, > 0: in the critics' loss values count as not farther than this from the target critics' values
-        where that makes the loss larger
     :param stats_window_size: Window size for the rollout logging, in episodes
     :param tensorboard_log: The log location for tensorboard (if None, no logging)
     :param policy_kwargs: Additional arguments to be passed to the policy on creation
@@ -98,8 +95,6 @@ class SACDiscrete(RewardNormalizationMixin):
         target_update_interval: int = 1,
         target_entropy: str | float = "auto",
         target_entropy_ratio: float = 0.5,
-        averaged_q: bool = False,
-        q_clip: float | None = None,
         stats_window_size: int = 100,
         tensorboard_log: str | None = None,
         policy_kwargs: dict[str, Any] | None = None,
@@ -142,8 +137,6 @@ class SACDiscrete(RewardNormalizationMixin):
         self.target_update_interval = target_update_interval
         self.target_entropy = target_entropy
         self.target_entropy_ratio = target_entropy_ratio
-        self.averaged_q = averaged_q
-        self.q_clip = q_clip
         self.log_ent_coef: th.Tensor | None = None
         self.ent_coef_optimizer: th.optim.Optimizer | None = None
         if _init_setup_model:
@@ -231,12 +224,10 @@ class SACDiscrete(RewardNormalizationMixin):
         critic = policy.critic.heads.evaluate(policy.flat_critic, obs)
         target_q_values = self._target(replay_data, next_log_probs, ent_coef)
         critic_loss, critic_gradients = self._critic_loss(critic.outputs, actions, target_q_values)
-        if self.q_clip is not None:
-            self._stop_clipped(critic_gradients, critic.outputs, obs, actions, target_q_values)
         critic.backward(*critic_gradients)
         policy.flat_critic.step(policy.critic_optimizer)
 
-        q_values = self._combined_q_values(policy.critic.heads(obs))
+        q_values = self._min_q_values(policy.critic.heads(obs))
         actor_loss, actor_gradient = self._actor_loss(log_probs, q_values, ent_coef)
         actor.backward(actor_gradient)
         policy.flat_actor.step(policy.actor_optimizer)
@@ -262,29 +253,11 @@ class SACDiscrete(RewardNormalizationMixin):
         :param ent_coef: Entropy coefficient
         :return: ``r + discount * sum_a pi(a|s') (min_i Q_target,i(s', a) - ent_coef log pi(a|s'))``, (batch, 1)
         """
-        next_q_values = self._combined_q_values(self.policy.critic_target.heads(replay_data.next_observations))
+        next_q_values = self._min_q_values(self.policy.critic_target.heads(replay_data.next_observations))
         soft_values = next_log_probs.exp() * (next_q_values - ent_coef * next_log_probs)
         # For n-step returns gamma**n_steps, less where the episode ends before
         discounts = self.gamma if replay_data.discounts is None else replay_data.discounts
         return replay_data.rewards + discounts * (1.0 - replay_data.dones) * soft_values.sum(dim=1, keepdim=True)
-
-    def _combined_q_values(self, q_values: list[th.Tensor]) -> th.Tensor:
-        return th.stack(q_values).mean(dim=0) if self.averaged_q else self._min_q_values(q_values)
-
-    def _stop_clipped(
-        self,
-        gradients: list[th.Tensor],
-        q_values: list[th.Tensor],
-        obs: th.Tensor,
-        actions: th.Tensor,
-        target_q_values: th.Tensor,
-    ) -> None:
-        """The larger of both squared errors (Zhou et al. 2022), without gradient where it is that of the clipped value."""
-        assert self.q_clip is not None
-        for gradient, of_critic, of_target in zip(gradients, q_values, self.policy.critic_target.heads(obs), strict=True):
-            now, before = of_critic.gather(1, actions), of_target.gather(1, actions)
-            clipped = before + (now - before).clamp(-self.q_clip, self.q_clip)
-            gradient *= (now - target_q_values).square() >= (clipped - target_q_values).square()
 
     @staticmethod
     def _min_q_values(q_values: list[th.Tensor]) -> th.Tensor:

@@ -18,7 +18,7 @@ def keep_freed_memory() -> bool:
     Let this process keep the memory that it frees, up to 2 GiB, for what it allocates next.
 
     By default glibc gives much of it back to the system, which clears each page anew when it is next touched. Where the
-    activations of one update take hundreds of megabytes, that is a good part of the time. It stays so until the process ends.
+    activations of one update take hundreds of megabytes, that costs time. It stays so until the process ends.
 
     :return: Whether it is so. Not without glibc, nor where the environment has variables of its malloc (``MALLOC_...``,
         ``GLIBC_TUNABLES``), which are left as they are.

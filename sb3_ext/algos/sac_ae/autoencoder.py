@@ -35,7 +35,7 @@ class _ReLU(nn.Module):
 
 
 class _ConvTranspose2d(nn.ConvTranspose2d):
-    """Without padding. Adds the bias afterwards: on CPU the gradient of torch's own takes as long as that of the weights."""
+    """Without padding. Adds the bias afterwards, because the gradient of the one within torch's own is slow on CPU."""
 
     def forward(self, maps: th.Tensor) -> th.Tensor:  # type: ignore[override]
         sizes = {"stride": self.stride, "output_padding": self.output_padding}
@@ -136,7 +136,7 @@ def quantize(images: th.Tensor, n_bits: int) -> th.Tensor:
     :param images: uint8
     :param n_bits: Bits that are kept of each byte, 1 to 8
     :return: ``floor(images / 2**(8 - n_bits)) / 2**n_bits + U(0, 1) / 2**n_bits - 0.5``, in [-0.5, 0.5). ``U(0, 1)`` is a
-        random byte over 256, because drawing floats takes longer than all the rest.
+        random byte over 256, because floats take longer to draw.
     """
     levels = (images >> (8 - n_bits)).float()
     return levels.add_(_random_bytes(images), alpha=1 / 256).div_(2**n_bits).sub_(0.5)

@@ -97,6 +97,40 @@ def test_episodes_start_anywhere_but_at_the_goal_and_end_after_1000_steps():
     assert lengths == [False] * 999 + [True]
 
 
+def _shortest_times(env):
+    """:return: expected steps to the goal under the best policy from each cell, and its actions, by value iteration"""
+    number = {tuple(place): index for index, place in enumerate(env.cells.tolist())}
+    moved = np.array([[number.get((row + down, column + right), -1) for down, right in MOVES] for row, column in env.cells])
+    beside = moved >= 0
+    moved = np.where(beside, moved, np.arange(len(moved))[:, None])
+    steps = np.zeros(len(moved))
+    for _ in range(500):
+        slipped = np.where(beside, steps[moved], 0).sum(1) / beside.sum(1)
+        of_actions = 1 + (1 - env.slip_probability) * steps[moved] + env.slip_probability * slipped[:, None]
+        of_actions[env.goal] = 0
+        steps = of_actions.min(1)
+    return steps, of_actions.argmin(1)
+
+
+def test_the_best_policy_takes_as_long_as_value_iteration_says():
+    env = FourRooms()
+    steps, actions = _shortest_times(env)
+    starts = np.delete(steps, env.goal)
+    # The figure of docs/algos/option_critic.md
+    assert starts.mean() == pytest.approx(12.06, abs=0.005)
+
+    env.reset(seed=0)
+    taken = []
+    for _ in range(2000):
+        env.reset()
+        expected, ended, n_steps = steps[env.position], False, 0
+        while not ended:
+            *_, ended, _, _ = env.step(actions[env.position])
+            n_steps += 1
+        taken.append(n_steps - expected)
+    assert abs(np.mean(taken)) < 3 * np.std(taken) / np.sqrt(len(taken))
+
+
 def test_goal_moves_once():
     env = FourRooms(goal_moves_after=3)
     goals = []

@@ -4,6 +4,7 @@ import copy
 import io
 import zipfile
 
+import cloudpickle
 import numpy as np
 import pandas as pd
 import pytest
@@ -288,6 +289,35 @@ def test_policy_can_be_copied_and_saved_alone(case, tmp_path):
     for policy in (copied, loaded):
         # The place in memory can change the last digit
         np.testing.assert_allclose(policy.predict(obs, deterministic=True)[0], expected, rtol=1e-5, atol=1e-7)
+
+
+def pickled(model):
+    # Environments made of local functions cannot be
+    env, model.env = model.env, None
+    copied = cloudpickle.loads(cloudpickle.dumps(model))
+    copied.env = env
+    return copied
+
+
+def given_as_a_vector(model):
+    vector = model.policy.parameters_to_vector()
+    assert vector.shape == (sum(param.numel() for param in model.policy.parameters()),)
+    model.policy.load_from_vector(vector)
+    return model
+
+
+@each_case
+@pytest.mark.parametrize("change", [lambda model: model, pickled, given_as_a_vector])
+def test_parameters_in_other_memory_are_trained(case, change):
+    policy, make_env = OBSERVATIONS["image" if "image" in case.observations else case.observations[0]]
+    model = case.make(make_env(case), policy).learn(N_STEPS)
+    before = copy.deepcopy(model.policy.state_dict())
+    model = change(model)
+    for name, value in model.policy.state_dict().items():
+        assert th.equal(value, before[name]), name
+    model.learn(N_STEPS, reset_num_timesteps=False)
+    unchanged = [name for name, value in model.policy.state_dict().items() if th.equal(value, before[name])]
+    assert len(unchanged) < len(before) / 2, unchanged
 
 
 @each_case

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch as th
 from gymnasium import spaces
-from stable_baselines3 import DQN
+from stable_baselines3 import DQN, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.envs import FakeImageEnv
+from stable_baselines3.common.envs import BitFlippingEnv, FakeImageEnv
 from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import DummyVecEnv
@@ -239,6 +239,53 @@ def test_vectors_and_images_take_the_fast_path(algo):
     model = algo("CnnPolicy", env, buffer_size=10, seed=0, device="cpu")
     obs = model.q_net.preprocess(th.randint(0, 256, (2, 1, 40, 40), dtype=th.uint8))
     assert isinstance(model.q_net.heads.evaluate(model.policy.flat, obs, obs), PerceptronEvaluation)
+
+
+@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
+def test_dueling_networks_can_be_exported(activation_fn):
+    net = DuelingMLP(4, 3, [8, 6], activation_fn).eval()
+    obs = th.randn(50, 4)
+    with th.no_grad():
+        exported = th.export.export(net, (obs,)).module()
+        th.testing.assert_close(exported(obs), net(obs), rtol=1e-5, atol=1e-6)
+    th.testing.assert_close(exported(obs), net(obs), rtol=1e-5, atol=1e-6)
+
+
+def test_batches_of_buffers_that_order_their_samples_are_sampled_one_by_one():
+    env = BitFlippingEnv(n_bits=4, continuous=False)
+    her = {"n_sampled_goal": 4, "goal_selection_strategy": "future"}
+    buffer = {"replay_buffer_class": HerReplayBuffer, "replay_buffer_kwargs": her}
+    model = DDQN("MultiInputPolicy", env, **SMALL, **buffer, seed=0, device="cpu").learn(100)
+    asked = []
+    sample = model.replay_buffer.sample
+    model.replay_buffer.sample = lambda n, env=None: asked.append(n) or sample(n, env=env)
+    # Its batches begin with what was really experienced
+    for batch, _ in model._batches(4, 20):
+        (reached,) = (batch.rewards[:4] == 0).sum(dim=0)
+        assert reached < 4
+    assert asked == [20] * 4
+
+
+def test_observations_are_normalized_without_those_after_them():
+    class Normalizing(FlattenExtractor):
+        def __init__(self, observation_space):
+            super().__init__(observation_space)
+            self.norm = nn.BatchNorm1d(self.features_dim, affine=False)
+
+        def forward(self, observations):
+            return self.norm(super().forward(observations))
+
+    model = cartpole(DDQN, policy_kwargs={"features_extractor_class": Normalizing})
+    model.policy.set_training_mode(True)
+    obs, next_obs = th.randn(8, 4), th.randn(8, 4) + 3
+    evaluation = model.q_net.heads.evaluate(model.policy.flat, obs, next_obs)
+    assert isinstance(evaluation, PerceptronEvaluation)
+    th.testing.assert_close(evaluation.outputs[0], model.q_net(obs))
+
+
+def test_optimizers_that_look_at_shapes_are_refused():
+    with pytest.raises(ValueError, match="Adafactor looks at the shape"):
+        cartpole(DDQN, policy_kwargs={"optimizer_class": th.optim.Adafactor})
 
 
 def test_streams_of_images_are_as_in_the_paper():

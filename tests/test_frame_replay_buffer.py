@@ -1,6 +1,7 @@
 """The frame memory against SB3's buffers, filled from the same stream."""
 
 import copy
+from contextlib import nullcontext
 from functools import partial
 
 import gymnasium as gym
@@ -13,6 +14,8 @@ from hypothesis import strategies as st
 from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecTransposeImage
 
 from sb3_ext import DDQN, DuelingDDQN, FrameReplayBuffer
@@ -243,6 +246,51 @@ def test_observations_that_are_not_stacked_are_noticed():
     obs, next_obs = rng.integers(0, 256, (2, 1, 4, HEIGHT, WIDTH), np.uint8)
     with pytest.raises(ValueError, match="VecFrameStack"):
         buffer.add(obs, next_obs, np.zeros((1, 1)), np.zeros(1), np.zeros(1), [{}])
+
+
+class StopAfter(BaseCallback):
+    def __init__(self, n_steps, error):
+        super().__init__()
+        self.last, self.error = n_steps, error
+
+    def _on_step(self):
+        if self.num_timesteps == self.last and self.error is not None:
+            raise self.error
+        return self.num_timesteps < self.last
+
+
+@pytest.mark.parametrize("interruption", ["callback", "keyboard", "evaluation"])
+@pytest.mark.parametrize("algo", [DQN, DDQN])
+def test_training_goes_on_after_an_interruption(algo, interruption):
+    env = VecFrameStack(DummyVecEnv([partial(frames_env, 9)]), 3)
+    kwargs = {"buffer_size": 100, "learning_starts": 45, "train_freq": 1, "seed": 0, "device": "cpu"}
+    frames = {"replay_buffer_class": FrameReplayBuffer, "replay_buffer_kwargs": {"n_stack": 3}}
+    model = algo("CnnPolicy", env, **kwargs, **frames)
+    if interruption == "evaluation":
+        model.learn(20)
+        evaluate_policy(model, env, n_eval_episodes=1, warn=False)
+    else:
+        error = KeyboardInterrupt() if interruption == "keyboard" else None
+        with nullcontext() if error is None else pytest.raises(KeyboardInterrupt):
+            model.learn(40, callback=StopAfter(20, error))
+    stored = model.replay_buffer.size()
+    model.learn(30, reset_num_timesteps=False)
+    # All but the transition whose observation was a thing of the past
+    assert model.replay_buffer.size() == stored + 29
+    batch = model.replay_buffer._get_samples(np.arange(stored + 29))
+    assert th.equal(batch.observations[:, 1:], batch.next_observations[:, :-1])
+
+
+def test_a_few_broken_transitions_are_left_out_and_many_are_an_error():
+    stream = Stream(np.random.default_rng(0), 1, 4, 1, 1000, "black")
+    buffer = FrameReplayBuffer(100, image_space(4), ACTIONS, "cpu")
+    broken = np.random.default_rng(0).integers(0, 256, (1, 4, HEIGHT, WIDTH), np.uint8)
+    for n_unbroken in (10, 10, 9):
+        for _ in range(n_unbroken):
+            buffer.add(*(step := stream.step()))
+        with nullcontext() if n_unbroken == 10 else pytest.raises(ValueError, match="force_reset=True"):
+            buffer.add(step[0], broken, *step[2:])
+    assert buffer.pos == 29
 
 
 def test_optimize_memory_usage_is_refused_with_advice():

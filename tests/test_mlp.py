@@ -1,4 +1,5 @@
 import copy
+import warnings
 
 import pytest
 import torch as th
@@ -91,6 +92,18 @@ def test_a_copy_has_layers_of_its_own(each_path):
 def test_other_types_take_the_plain_path():
     net = mlp(3, 2, [4]).double()
     assert net(th.ones(1, 3, dtype=th.float64)).dtype == th.float64
+
+
+@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh])
+@pytest.mark.parametrize("with_graph", [False, True])
+def test_networks_can_be_exported(activation_fn, with_graph):
+    net, inputs = mlp(3, 2, [7], activation_fn).eval(), th.randn(600, 3)
+    with th.set_grad_enabled(with_graph), warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        exported = th.export.export(net, (inputs[:5],), dynamic_shapes=({0: th.export.Dim("batch")},)).module()
+        traced = th.jit.trace(net, inputs[:5])
+        for recorded in (exported, traced):
+            th.testing.assert_close(recorded(inputs), net(inputs), rtol=1e-5, atol=1e-6)
 
 
 def test_products_with_the_jacobian_block_by_block(each_path, monkeypatch):

@@ -1,5 +1,6 @@
 """Option-Critic against dynamic programming, finite differences, and its own rules of call and return."""
 
+import copy
 import warnings
 
 import gymnasium as gym
@@ -10,6 +11,7 @@ from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.logger import configure
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.her import HerReplayBuffer
@@ -747,6 +749,24 @@ def test_statistics_begin_anew_with_the_steps():
     model = cartpole(learning_starts=1000).learn(40)
     assert len(model.learn(8, reset_num_timesteps=False)._statistics._used) == 48
     assert len(model.learn(8)._statistics._used) == 8
+
+
+def test_values_are_trained_from_a_loaded_replay_buffer(tmp_path):
+    model = cartpole(learning_starts=20).learn(60)
+    model.save(tmp_path / "model")
+    model.save_replay_buffer(tmp_path / "buffer")
+    loaded = OptionCritic.load(tmp_path / "model", device="cpu")
+    loaded.load_replay_buffer(tmp_path / "buffer")
+    loaded.set_logger(configure(None, []))
+    before = copy.deepcopy(loaded.policy.state_dict())
+    loaded.train(3, batch_size=16)
+    changed = {name.split(".")[0] for name, value in loaded.policy.state_dict().items() if not th.equal(value, before[name])}
+    assert changed == {"critic"}
+
+
+def test_number_of_options_has_one_place():
+    with pytest.raises(ValueError, match="Give n_options to OptionCritic"):
+        OptionCritic("MlpPolicy", "CartPole-v1", n_options=4, policy_kwargs={"n_options": 8})
 
 
 def test_divergence_is_a_value_error():

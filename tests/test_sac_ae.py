@@ -1,6 +1,7 @@
 """SAC-AE: networks, losses, what each of them trains, and learning from pixels."""
 
 import copy
+import warnings
 
 import gymnasium as gym
 import numpy as np
@@ -173,6 +174,28 @@ def test_reconstruction_loss_and_its_gradient():
     errors = reconstruction.detach().double() - quantize(images, 5).double()
     th.testing.assert_close(loss.double(), errors.square().mean(), rtol=1e-6, atol=0)
     th.testing.assert_close(gradient.double(), 3 * 2 * errors / errors.numel(), rtol=1e-5, atol=1e-8)
+
+
+def test_reconstruction_loss_cannot_be_differentiated_twice():
+    images, reconstruction = th.randint(0, 256, (5, 3, 7, 7), dtype=th.uint8), th.randn(5, 3, 7, 7, requires_grad=True)
+    loss = reconstruction_loss(reconstruction, images, 5)
+    th.autograd.grad(loss, reconstruction, retain_graph=True)
+    with pytest.raises(RuntimeError, match="which can be done once"):
+        th.autograd.grad(loss, reconstruction)
+    (gradient,) = th.autograd.grad(reconstruction_loss(reconstruction, images, 5), reconstruction, create_graph=True)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        gradient.sum().backward()
+
+
+def test_the_actors_layers_can_be_exported():
+    actor = make_model().actor
+    layers = nn.Sequential(actor.features_extractor, actor.latent_pi, actor.mu, nn.Tanh()).eval()
+    images = th.rand(4, 3, 32, 33) * 255
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        exports = [th.export.export(layers, (images,)).module(), th.jit.trace(layers, images)]
+    for exported in exports:
+        th.testing.assert_close(exported(images), actor(images * 255, deterministic=True))
 
 
 def test_log_std_is_bounded():
@@ -411,6 +434,33 @@ def test_gradients_are_laid_out_as_their_parameters():
     th.testing.assert_close(ours, torch_version)
 
 
+@pytest.mark.parametrize(
+    "frozen", ["decoder", "critic.features_extractor", "critic.features_extractor.convolutions.0", "actor"]
+)
+def test_frozen_parts_stay_and_the_others_are_trained(frozen):
+    model = make_model()
+    part = model.policy.get_submodule(frozen).requires_grad_(False)
+    kept = {id(param) for param in part.parameters()}
+    before = {name: (param, param.detach().clone()) for name, param in model.policy.named_parameters()}
+    model.learn(14)
+    for name, (param, value) in before.items():
+        if not name.startswith("critic_target"):
+            assert th.equal(param, value) == (id(param) in kept), name
+
+
+def test_parameters_without_influence_stay():
+    class WithUnused(ConvEncoder):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.unused = nn.Linear(3, 3)
+
+    policy_kwargs = {**SMALL, "features_extractor_class": WithUnused}
+    model = make_model(policy_kwargs=policy_kwargs)
+    before = model.critic.features_extractor.unused.weight.clone()
+    model.learn(14)
+    assert th.equal(model.critic.features_extractor.unused.weight, before)
+
+
 # -- sharing, saving, arguments --
 
 
@@ -469,6 +519,8 @@ def test_the_decoder_has_the_weight_decay_of_its_own():
     model = make_model(policy_kwargs={**SMALL, "decoder_weight_decay": 0.3, "optimizer_kwargs": {"weight_decay": 0.1}})
     optimizers = [model.critic.optimizer, model.policy.decoder_optimizer]
     assert [optimizer.param_groups[0]["weight_decay"] for optimizer in optimizers] == [0.1, 0.3]
+    # Not every optimizer has one
+    make_model(policy_kwargs={**SMALL, "decoder_weight_decay": 0.0, "optimizer_class": th.optim.Rprop})
 
 
 def test_memory_of_100_000_transitions():
@@ -488,6 +540,11 @@ def test_a_loaded_agent_has_no_memory_for_transitions(tmp_path):
     assert resident_bytes() - before < 200e6
 
 
+class Inverting(ConvEncoder):
+    def forward(self, images):
+        return super().forward(1 - images)
+
+
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
@@ -496,6 +553,8 @@ def test_a_loaded_agent_has_no_memory_for_transitions(tmp_path):
         ({"decoder_update_interval": 0}, "decoder_update_interval must be at least 1"),
         ({"latent_coef": -1}, "latent_coef must be at least 0"),
         ({"n_bits": 9}, "n_bits must be in"),
+        ({"n_bits": 4.5}, "n_bits must be an integer, but got 4.5"),
+        ({"policy_kwargs": {"features_extractor_class": Inverting}}, "Inverting has a `forward` of its own"),
         ({"policy_kwargs": {"features_extractor_kwargs": {"n_layers": 0}}}, "n_layers must be at least 1, but got 0"),
         ({"policy_kwargs": {"features_extractor_class": NatureCNN}}, "must be a ConvEncoder, but got NatureCNN"),
     ],

@@ -11,7 +11,6 @@ import torch as th
 from stable_baselines3.common.type_aliases import PyTorchObs
 
 from sb3_ext.common.flat_parameters import FlatParameters, differentiate
-from sb3_ext.common.observations import map_observations
 
 
 class Head(Protocol):
@@ -112,8 +111,8 @@ class GraphEvaluation:
 
 class PerceptronEvaluation:
     """
-    By hand behind the features, from one pass over both batches, because small batches keep autograd busier than the
-    processor, and because the gradients of large layers are then written where they belong.
+    By hand behind the features, with one pass through the heads for both batches, because small batches keep autograd busier
+    than the processor, and because the gradients of large layers are then written where they belong.
 
     :param heads: Plain perceptrons
     :param flat: The parameters of the features, then those of the heads
@@ -131,16 +130,13 @@ class PerceptronEvaluation:
         next_obs: PyTorchObs | None,
     ) -> None:
         self._heads, self._flat, self._feature_parameters = heads, flat, feature_parameters
-        if feature_parameters:
-            with th.enable_grad():
-                self._features = heads.extract_features(obs)
-            hidden = self._features.detach()
-            if next_obs is not None:
-                with th.no_grad():
-                    hidden = th.cat([hidden, heads.extract_features(next_obs)])
-        else:
-            both_obs = [obs] if next_obs is None else [obs, next_obs]
-            hidden = heads.extract_features(map_observations(lambda *batches: th.cat(batches), *both_obs))
+        # One batch after the other, since extractors may take statistics of a batch
+        with th.set_grad_enabled(bool(feature_parameters)):
+            self._features = heads.extract_features(obs)
+        hidden = self._features.detach()
+        if next_obs is not None:
+            with th.no_grad():
+                hidden = th.cat([hidden, heads.extract_features(next_obs)])
         batch_size = len(hidden) if next_obs is None else len(hidden) // 2
         both = [head.activations(hidden) for head in heads.heads]
         self.next_outputs = [activations[-1][batch_size:] for activations in both]

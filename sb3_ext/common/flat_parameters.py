@@ -20,10 +20,8 @@ class FlatParameters:
     A small network spends most of an update on the overhead of one kernel per parameter. With this layout the
     optimizer step, the Polyak step and the gradient norm are one kernel each, whatever the number of layers.
     The modules go on working as usual: ``state_dict``, ``load_state_dict`` and in-place initialization write through
-    the views. ``bind`` must be called again after anything that replaces the parameters' storage, such as ``.to()``;
+    the views. ``rebind`` must be called after anything that gives parameters other memory, such as ``.to()`` or pickle;
     :class:`FlatParametersMixin` does that for policies.
-
-    Kernels of convolutions are laid out channels-last, which is what makes convolutions on CPU faster.
 
     Parameters that are frozen (``requires_grad_(False)``) stay as they are, and nothing depends on their gradients.
 
@@ -59,8 +57,8 @@ class FlatParameters:
     @property
     def is_bound(self) -> bool:
         """Whether the parameters are still views of ``tensor``."""
-        memory = self.tensor.untyped_storage().data_ptr()
-        return all(param.untyped_storage().data_ptr() == memory for param in self.params)
+        begin = self.tensor.data_ptr()
+        return all(param.data_ptr() - begin == offset for param, offset in self._offsets)
 
     def bind(self) -> None:
         """Copy the parameters' current values into one new tensor and make the parameters views of it."""
@@ -69,6 +67,14 @@ class FlatParameters:
         self.tensor.data = self.flatten([param.data for param in self.params])
         for param, view in zip(self.params, self.unflatten(self.tensor.data), strict=True):
             param.data = view
+        begin = self.tensor.data_ptr()
+        # What is empty lies nowhere
+        self._offsets = [(param, param.data_ptr() - begin) for param in self.params if param.numel() > 0]
+
+    def rebind(self) -> None:
+        """As ``bind``, if the parameters are no longer views."""
+        if not self.is_bound:
+            self.bind()
 
     def backward(
         self,
@@ -102,18 +108,15 @@ class FlatParameters:
         :param tensors: One for each of ``params``, of its shape
         :return: Their elements in the order of ``tensor``, (n_parameters,)
         """
-        return th.cat([_in_memory_order(tensor).reshape(-1) for tensor in tensors])
+        return th.cat([tensor.reshape(-1) for tensor in tensors])
 
     def unflatten(self, vector: th.Tensor) -> list[th.Tensor]:
         """
         :param vector: (n_parameters,), in the order of ``tensor``
         :return: Its elements as one view for each of ``params``, of its shape
         """
-        views = []
-        for param, part in zip(self.params, vector.split([param.numel() for param in self.params]), strict=True):
-            view = part.view(_in_memory_order(param.data).shape)
-            views.append(view.permute(0, 3, 1, 2) if param.dim() == 4 else view)
-        return views
+        parts = vector.split([param.numel() for param in self.params])
+        return [part.view(param.shape) for param, part in zip(self.params, parts, strict=True)]
 
     def make_optimizer(
         self, optimizer_class: type[th.optim.Optimizer], learning_rate: float, optimizer_kwargs: dict[str, Any]
@@ -123,7 +126,12 @@ class FlatParameters:
         :param learning_rate: > 0
         :param optimizer_kwargs: SB3's ``optimizer_kwargs``; Adam is fused unless they say something else
         :return: An optimizer over ``tensor``
+        :raises ValueError: if the optimizer treats matrices in another way than vectors
         """
+        if optimizer_class is th.optim.Adafactor:
+            raise ValueError(
+                "Adafactor looks at the shape of each parameter, but all are one vector: use another optimizer_class."
+            )
         if optimizer_class is th.optim.Adam:
             return SingleTensorAdam([self.tensor], lr=learning_rate, **fused_unless(optimizer_kwargs))
         return optimizer_class([self.tensor], lr=learning_rate, **optimizer_kwargs)  # type: ignore[call-arg]
@@ -184,14 +192,18 @@ class FlatParameters:
 class FlatParametersMixin(nn.Module):
     """
     Policy mixin: keeps the :class:`FlatParameters` among a module's attributes valid when the module is moved to
-    another device or type.
+    another device or type, and otherwise whenever ``rebind`` is called.
     """
+
+    def rebind(self) -> None:
+        """See to it that optimizers move the parameters wherever these lie now; to be called before training."""
+        for attribute in vars(self).values():
+            if isinstance(attribute, FlatParameters):
+                attribute.rebind()
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)
-        for attribute in vars(self).values():
-            if isinstance(attribute, FlatParameters):
-                attribute.bind()
+        self.rebind()
         return self
 
 
@@ -208,7 +220,7 @@ def backward(
     params = list(chain.from_iterable(flat.params for flat in flats))
     grads = iter(differentiate(outputs, params, gradients))
     for flat in flats:
-        th.cat([_in_memory_order(next(grads)).reshape(-1) for _ in flat.params], out=flat._gradient())
+        th.cat([next(grads).reshape(-1) for _ in flat.params], out=flat._gradient())
 
 
 def differentiate(
@@ -233,8 +245,3 @@ def differentiate(
     ends, end_gradients = zip(*differentiable, strict=True)
     grads = iter(th.autograd.grad(ends, trained, end_gradients, allow_unused=True, materialize_grads=True, **kwargs))
     return [next(grads) if param.requires_grad else th.zeros_like(param) for param in params]
-
-
-def _in_memory_order(tensor: th.Tensor) -> th.Tensor:
-    """Kernels of convolutions as (out, height, width, in), everything else as it is."""
-    return tensor.permute(0, 2, 3, 1) if tensor.dim() == 4 else tensor

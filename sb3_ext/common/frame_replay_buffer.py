@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from typing import Any
 
 import numpy as np
 import torch as th
@@ -16,6 +17,9 @@ from sb3_ext.common.replay_buffer import take_rows
 
 # Frames beyond one for each transition: an episode has a stack more than it has transitions
 _SPARE_FRAMES = 0.03
+
+# Where observations are no stacks of so many frames, transitions without a break between them are fewer
+_MIN_UNBROKEN = 10
 
 
 class FrameReplayBuffer(NStepReplayBuffer):
@@ -43,6 +47,9 @@ class FrameReplayBuffer(NStepReplayBuffer):
     :param gamma: Discount factor of n-step returns
     :raises ValueError: if the observations are no stacks of ``n_stack`` images
     """
+
+    # Transitions since the last one that was left out
+    _n_unbroken = 0
 
     observations: _Stacks  # type: ignore[assignment]
     next_observations: _Stacks  # type: ignore[assignment]
@@ -92,6 +99,41 @@ class FrameReplayBuffer(NStepReplayBuffer):
         self._frames = _Frames(self.buffer_size, n_envs, n_stack, self.obs_shape)
         self.observations = _Stacks(self._frames, is_next=False)
         self.next_observations = _Stacks(self._frames, is_next=True)
+
+    def add(
+        self,
+        obs: np.ndarray,
+        next_obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """
+        As SB3's, but a transition from one observation to another that does not follow it is left out. SB3 makes one where
+        training goes on after it was stopped in the middle of a step, or after the environment was used for something else.
+
+        :param obs: Observations, (n_envs, ...)
+        :param next_obs: Those that the actions led to, (n_envs, ...)
+        :param action: (n_envs, ...)
+        :param reward: (n_envs,)
+        :param done: (n_envs,)
+        :param infos: One of each environment
+        :raises ValueError: if next observations often are not the observations moved on by one frame
+        """
+        n_channels = self._frames.n_channels
+        if np.array_equal(next_obs[:, :-n_channels], obs[:, n_channels:]):
+            super().add(obs, next_obs, action, reward, done, infos)
+            self._n_unbroken += 1
+        elif self._n_unbroken >= _MIN_UNBROKEN:
+            self._n_unbroken = 0
+        else:
+            raise ValueError(
+                "FrameReplayBuffer got a next observation that is not the observation moved on by one of "
+                f"{self.n_stack} frames, the newest last. Stack frames with VecFrameStack (`frame_stack` in the zoo) and give "
+                "their number as n_stack, or use another buffer. If training was stopped a few steps ago, or the environment "
+                "used for something else, go on with `set_env(env, force_reset=True)`."
+            )
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> ReplayBufferSamples:
         """
@@ -212,16 +254,8 @@ class _Frames:
 
     def append(self, stacks: np.ndarray) -> None:
         """
-        :param stacks: The next observations of the transition that has begun, (n_envs, ...)
-        :raises ValueError: if they are not the observations moved on by one frame
+        :param stacks: The next observations of the transition that has begun, moved on by one frame, (n_envs, ...)
         """
-        assert self.last_stacks is not None
-        if not np.array_equal(stacks[:, : -self.n_channels], self.last_stacks[:, self.n_channels :]):
-            raise ValueError(
-                "FrameReplayBuffer got a next observation that is not the observation moved on by one of "
-                f"{self.n_stack} frames, the newest last. Stack frames with VecFrameStack (`frame_stack` in the zoo) and give "
-                "their number as n_stack, or use another buffer."
-            )
         for env, stack in enumerate(stacks):
             self._push(env, self._split(stack)[-1])
         self.last_stacks = stacks

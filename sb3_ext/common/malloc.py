@@ -10,6 +10,8 @@ import platform
 # Names and numbers of glibc's malloc.h
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _LARGEST = 2**31 - 1
+# Of single blocks, in glibc before version 2.35
+_LARGEST_BEFORE_2_35 = 2**25
 
 
 @functools.cache
@@ -26,4 +28,5 @@ def keep_freed_memory() -> bool:
     if platform.libc_ver()[0] != "glibc" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return False
     mallopt = ctypes.CDLL(None).mallopt
-    return all([mallopt(name, _LARGEST) for name in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD)])
+    keeps_its_top = mallopt(_M_TRIM_THRESHOLD, _LARGEST)
+    return bool(keeps_its_top and (mallopt(_M_MMAP_THRESHOLD, _LARGEST) or mallopt(_M_MMAP_THRESHOLD, _LARGEST_BEFORE_2_35)))

@@ -83,7 +83,8 @@ class MLP(nn.Sequential):
         :param inputs: (batch, input_dim)
         :return: (batch, output_dim)
         """
-        if not (self.is_plain and inputs.device.type == "cpu" and inputs.dtype == th.float32 and inputs.dim() == 2):
+        suits = inputs.device.type == "cpu" and inputs.dtype == th.float32 and inputs.dim() == 2
+        if not (self.is_plain and suits) or is_recorded():
             return super().forward(inputs)
         if th.is_grad_enabled():
             return _MLPFunction.apply(self.activation_fn, inputs, *self.weights_and_biases())
@@ -185,6 +186,13 @@ class MLP(nn.Sequential):
             return outputs
 
         return forward
+
+
+def is_recorded() -> bool:
+    """
+    :return: Whether torch writes down what is computed, to export or to compile it. It sees only operators of its own.
+    """
+    return th.jit.is_tracing() or th.compiler.is_compiling()
 
 
 def suits_numpy(n_rows: int, parameters: Iterable[th.Tensor]) -> bool:

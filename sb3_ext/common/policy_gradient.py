@@ -184,8 +184,8 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
         """Set the learning rates, and see to it that the optimizers move the parameters wherever they lie now."""
         for name in ("actor_parameters", "critic_parameters"):
             parameters = getattr(self, name, None)
-            if parameters is not None and not parameters.is_bound:
-                parameters.bind()
+            if parameters is not None:
+                parameters.rebind()
         self._update_learning_rate([getattr(self, name) for name in self._optimizer_names()])
         if self.critic_learning_rate is not None and self.n_critic_updates > 0:
             critic_learning_rate = FloatSchedule(self.critic_learning_rate)(self._current_progress_remaining)

@@ -182,6 +182,7 @@ class BCQ(OfflineAlgorithm):
         # Setting it visits every module; only acting has unset it
         if not self.policy.training:
             self.policy.set_training_mode(True)
+        self.policy.rebind()
         self._update_learning_rate([getattr(self.policy, name) for name in self.policy.optimizer_names])
         update = self._discrete_update if isinstance(self.action_space, spaces.Discrete) else self._continuous_update
 

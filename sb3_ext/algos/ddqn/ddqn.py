@@ -6,7 +6,7 @@ from typing import Any, ClassVar, TypeVar
 import numpy as np
 import torch as th
 from gymnasium import spaces
-from stable_baselines3.common.buffers import ReplayBuffer
+from stable_baselines3.common.buffers import DictReplayBuffer, NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.policies import BasePolicy
 from stable_baselines3.common.type_aliases import GymEnv, MaybeCallback, ReplayBufferSamples, Schedule
 from stable_baselines3.dqn import DQN
@@ -14,15 +14,19 @@ from stable_baselines3.dqn import DQN
 from sb3_ext.algos.ddqn.policies import CnnPolicy, DDQNPolicy, MlpPolicy, MultiInputPolicy
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.denormals import without_denormals
+from sb3_ext.common.frame_replay_buffer import FrameReplayBuffer
 from sb3_ext.common.losses import huber_loss
 from sb3_ext.common.q_network import QNetwork
-from sb3_ext.common.replay_buffer import chosen_replay_buffer, split_batch
+from sb3_ext.common.replay_buffer import FastReplayBuffer, chosen_replay_buffer, split_batch
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
 SelfDDQN = TypeVar("SelfDDQN", bound="DDQN")
 
 # Observations are sampled together up to this size, which the processor's cache holds
 _NUMBERS_TOGETHER = 2**16
+
+# Replay buffers that draw each transition of a sample without regard to the others. Not HER's: what it relabels comes last.
+_DRAW_INDEPENDENTLY = (FastReplayBuffer, FrameReplayBuffer, ReplayBuffer, NStepReplayBuffer, DictReplayBuffer)
 
 
 class DDQN(RewardNormalizationMixin, DQN):
@@ -159,6 +163,7 @@ class DDQN(RewardNormalizationMixin, DQN):
         :param batch_size: Transitions in one update
         """
         self.policy.set_training_mode(True)
+        self.policy.rebind()
         self._update_learning_rate(self.policy.optimizer)
         losses = [self._update(*batch) for batch in self._batches(gradient_steps, batch_size)]
         self._n_updates += gradient_steps
@@ -181,7 +186,9 @@ class DDQN(RewardNormalizationMixin, DQN):
             (batch, n_actions)
         """
         assert self.replay_buffer is not None
-        n_together = max(1, _NUMBERS_TOGETHER // (batch_size * spaces.flatdim(self.observation_space)))
+        n_together = 1
+        if type(self.replay_buffer) in _DRAW_INDEPENDENTLY:
+            n_together = max(1, _NUMBERS_TOGETHER // (batch_size * spaces.flatdim(self.observation_space)))
         for n_done in range(0, n_batches, n_together):
             n_transitions = min(n_together, n_batches - n_done) * batch_size
             replay_data = self.replay_buffer.sample(n_transitions, env=self._vec_normalize_env)

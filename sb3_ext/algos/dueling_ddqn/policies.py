@@ -15,7 +15,15 @@ from torch import nn
 
 from sb3_ext.algos.ddqn.policies import DDQNPolicy
 from sb3_ext.common.conv_features import ConvFeatures
-from sb3_ext.common.mlp import ACTIVATIONS, backward_layers, forward_layers, last_of_blocks, mlp, without_gradients
+from sb3_ext.common.mlp import (
+    ACTIVATIONS,
+    backward_layers,
+    forward_layers,
+    is_recorded,
+    last_of_blocks,
+    mlp,
+    without_gradients,
+)
 from sb3_ext.common.q_network import QNetwork
 
 
@@ -58,7 +66,7 @@ class DuelingMLP(nn.Module):
         :param features: (batch, features_dim)
         :return: Values of all actions, (batch, n_actions)
         """
-        if self.is_plain and not th.is_grad_enabled():
+        if self.is_plain and not th.is_grad_enabled() and not is_recorded():
             return last_of_blocks(self.activations, features)
         *shared, streams = self.trunk
         hidden = nn.Sequential(*shared)(features)

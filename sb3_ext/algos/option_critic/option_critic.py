@@ -243,6 +243,8 @@ class OptionCritic(RewardNormalizationMixin):
                 f"{type(self).__name__} supports replay buffers with n_steps=1, since options can end after each step, "
                 f"but got n_steps={n_steps}."
             )
+        if self.policy_kwargs.get("n_options", self.n_options) != self.n_options:
+            raise ValueError(f"Give n_options to {type(self).__name__}, not in policy_kwargs: {self.policy_kwargs}.")
         given, self.policy_kwargs = self.policy_kwargs, {**self.policy_kwargs, "n_options": self.n_options}
         super()._setup_model()
         self.policy_kwargs = given
@@ -318,9 +320,14 @@ class OptionCritic(RewardNormalizationMixin):
         """
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
+        self.policy.rebind()
         self._update_learning_rates()
         critic_losses = [self._update_values(self._sample(batch_size)) for _ in range(gradient_steps - 1)]
-        losses = self._update_all(self._sample(batch_size), self._latest_rollout())
+        # A model that has been loaded with its replay buffer has no rollout yet
+        if self._rollout:
+            losses = self._update_all(self._sample(batch_size), self._latest_rollout())
+        else:
+            losses = {"critic_loss": self._update_values(self._sample(batch_size))}
 
         self._n_updates += gradient_steps
         self.logger.record("train/n_updates", self._n_updates, exclude="tensorboard")

@@ -8,6 +8,9 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import nn
+from torch.autograd.function import once_differentiable
+
+from sb3_ext.common.mlp import is_recorded
 
 
 class _ReLUFunction(th.autograd.Function):
@@ -31,7 +34,7 @@ class _ReLU(nn.Module):
     """
 
     def forward(self, maps: th.Tensor) -> th.Tensor:
-        return _ReLUFunction.apply(maps)
+        return _ReLUFunction.apply(maps) if maps.requires_grad and not is_recorded() else maps.relu_()
 
 
 class _ConvTranspose2d(nn.ConvTranspose2d):
@@ -144,6 +147,9 @@ def quantize(images: th.Tensor, n_bits: int) -> th.Tensor:
 
 def _random_bytes(images: th.Tensor) -> th.Tensor:
     """:return: eight of each random number, of the shape and on the device of ``images``, and laid out alike"""
+    if images.device.type not in ("cpu", "cuda"):
+        # Not every device draws whole 64-bit numbers
+        return th.randint_like(images, 256)
     numbers = th.empty(-(-images.numel() // 8), dtype=th.int64, device=images.device).random_(-(2**63), None)
     return numbers.view(th.uint8).as_strided(images.shape, th.empty_like(images).stride())
 
@@ -155,9 +161,13 @@ class _ReconstructionLoss(th.autograd.Function):
         return th.linalg.vector_norm(ctx.errors).square() / ctx.errors.numel()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: th.Tensor) -> tuple[th.Tensor, None]:
+        if ctx.errors is None:
+            raise RuntimeError("This loss has been differentiated, which can be done once.")
         # Errors become their own gradient
-        return ctx.errors.mul_(2 / ctx.errors.numel() * gradient), None
+        errors, ctx.errors = ctx.errors, None
+        return errors.mul_(2 / errors.numel() * gradient), None
 
 
 def reconstruction_loss(reconstruction: th.Tensor, images: th.Tensor, n_bits: int) -> th.Tensor:

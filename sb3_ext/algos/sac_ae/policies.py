@@ -5,6 +5,7 @@ from __future__ import annotations
 from copy import deepcopy
 from typing import Any
 
+import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.distributions import SquashedDiagGaussianDistribution
@@ -103,7 +104,7 @@ class SACAEPolicy(SACPolicy):
     :param lr_schedule: Learning rate schedule
     :param net_arch: Hidden layers of actor and critics, ``dict(pi=[...], qf=[...])`` if they differ (None: 1024-1024)
     :param activation_fn: Activation function
-    :param features_extractor_class: The encoder, :class:`ConvEncoder` or a subclass
+    :param features_extractor_class: The encoder, :class:`ConvEncoder` or a subclass with the same ``forward``
     :param features_extractor_kwargs: Keyword arguments of the encoder: ``features_dim``, ``n_layers``, ``n_filters``
     :param normalize_images: Whether to divide images by 255.0
     :param optimizer_class: The optimizer to use, ``th.optim.Adam`` by default
@@ -141,6 +142,11 @@ class SACAEPolicy(SACPolicy):
     ) -> None:
         if not issubclass(features_extractor_class, ConvEncoder):
             raise ValueError(f"features_extractor_class must be a ConvEncoder, but got {features_extractor_class.__name__}.")
+        if features_extractor_class.forward is not ConvEncoder.forward:
+            raise ValueError(
+                f"{features_extractor_class.__name__} has a `forward` of its own, but the losses call its parts: change "
+                "`convolutions` and `project` instead."
+            )
         # SACPolicy builds the networks at the end of its constructor
         self.log_std_min, self.log_std_max = log_std_min, log_std_max
         self.actor_trains_convolutions = actor_trains_convolutions
@@ -176,9 +182,10 @@ class SACAEPolicy(SACPolicy):
         # The encoder learns from the critic's loss and from the autoencoder's, each with an optimizer of its own
         self.critic.optimizer = self._make_optimizer(list(self.critic.parameters()), learning_rate)
         self.encoder_optimizer = self._make_optimizer(list(encoder.parameters()), learning_rate)
-        self.decoder_optimizer = self._make_optimizer(
-            list(self.decoder.parameters()), learning_rate, weight_decay=self.decoder_weight_decay
-        )
+        # Not every optimizer has one
+        has_weight_decay = self.decoder_weight_decay > 0 or "weight_decay" in self.optimizer_kwargs
+        weight_decay = {"weight_decay": self.decoder_weight_decay} if has_weight_decay else {}
+        self.decoder_optimizer = self._make_optimizer(list(self.decoder.parameters()), learning_rate, **weight_decay)
 
     def _make_optimizer(self, params: list[nn.Parameter], learning_rate: float, **kwargs: float) -> th.optim.Optimizer:
         given = fused_unless(self.optimizer_kwargs) if self.optimizer_class is th.optim.Adam else self.optimizer_kwargs
@@ -190,6 +197,10 @@ class SACAEPolicy(SACPolicy):
 
     def make_critic(self, features_extractor: BaseFeaturesExtractor | None = None) -> Critic:
         return Critic(**self._update_features_extractor(self.critic_kwargs, features_extractor)).to(self.device)
+
+    def parameters_to_vector(self) -> np.ndarray:
+        # SB3's needs weights that are not laid out channels-last
+        return th.cat([param.detach().reshape(-1) for param in self.parameters()]).cpu().numpy()
 
     def preprocess(self, images: th.Tensor) -> th.Tensor:
         """

@@ -190,6 +190,8 @@ class SACAE(RewardNormalizationMixin, SAC):
         learning_rates = ("ent_coef_learning_rate", "encoder_learning_rate", "decoder_learning_rate")
         check_range(self, 0, float("inf"), "initial_gradient_steps", "latent_coef", *learning_rates)
         check_range(self, 1, 8, "n_bits")
+        if not isinstance(self.n_bits, (int, np.integer)):
+            raise ValueError(f"n_bits must be an integer, but got {self.n_bits!r}.")
 
     def _setup_model(self) -> None:
         self._check_arguments()
@@ -387,9 +389,15 @@ def _minimize(loss: th.Tensor, *optimizers: th.optim.Optimizer) -> None:
     :param loss: Scalar
     :param optimizers: Of different parameters
     """
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     params = [param for optimizer in optimizers for group in optimizer.param_groups for param in group["params"]]
-    for param, gradient in zip(params, th.autograd.grad(loss, params), strict=True):
-        # Fused Adam on CPU goes through memory without a look at the layout
-        param.grad = gradient if gradient.stride() == param.stride() else th.empty_like(param).copy_(gradient)
+    # Optimizers leave out what is frozen or has no influence
+    trained = [param for param in params if param.requires_grad and loss.requires_grad]
+    gradients = th.autograd.grad(loss, trained, allow_unused=True) if trained else ()
+    for param, gradient in zip(trained, gradients, strict=True):
+        if gradient is not None:
+            # Fused Adam on CPU goes through memory without a look at the layout
+            param.grad = gradient if gradient.stride() == param.stride() else th.empty_like(param).copy_(gradient)
     for optimizer in optimizers:
         optimizer.step()

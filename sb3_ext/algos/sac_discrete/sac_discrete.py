@@ -193,6 +193,7 @@ class SACDiscrete(RewardNormalizationMixin):
         """
         assert self.replay_buffer is not None
         self.policy.set_training_mode(True)
+        self.policy.rebind()
         optimizers = [self.policy.actor_optimizer, self.policy.critic_optimizer, self.ent_coef_optimizer]
         self._update_learning_rate([optimizer for optimizer in optimizers if optimizer is not None])
 

@@ -14,6 +14,7 @@ from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import IdentityEnvMultiDiscrete
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 from stable_baselines3.common.vec_env import VecNormalize
 from torch.nn import functional as F
@@ -322,6 +323,54 @@ def test_hard_target_updates():
     model.learn(1, reset_num_timesteps=False)
     online = model.policy.flat.tensor[: initial.numel()]
     assert th.equal(model.policy.flat_target.tensor, online) and not th.equal(initial, online)
+
+
+class Normalizing(FlattenExtractor):
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.layers = th.nn.Sequential(th.nn.BatchNorm1d(self.features_dim), th.nn.Dropout(0.5))
+
+    def forward(self, observations):
+        return self.layers(super().forward(observations))
+
+
+@pytest.mark.parametrize("make", [continuous_bcq, discrete_bcq])
+def test_targets_are_in_evaluation_mode(make):
+    kwargs = {"net_arch": [5, 4], "features_extractor_class": Normalizing}
+    model = make(policy_kwargs=kwargs, learning_rate=1e-2).learn(3)
+    names = ["critic", "perturbation"] if make is continuous_bcq else ["q_net"]
+    for name in names:
+        online, target = (getattr(model.policy, each).features_extractor.layers for each in (name, f"{name}_target"))
+        assert online.training and not any(layer.training for layer in target)
+        # Statistics are copied at each update of the target, weights are averaged
+        th.testing.assert_close(target[0].running_var, online[0].running_var, rtol=0, atol=0)
+        assert online[0].running_var.ne(1).all()
+        assert target[0].weight.ne(online[0].weight).any()
+
+
+@pytest.mark.parametrize("make", [continuous_bcq, discrete_bcq])
+def test_frozen_parameters_stay(make):
+    kwargs = {"net_arch": [5, 4], "optimizer_class": th.optim.AdamW, "features_extractor_class": Normalizing}
+    model = make(policy_kwargs=kwargs).learn(3)
+    net = model.policy.critic if make is continuous_bcq else model.policy.q_net
+    frozen = [net.features_extractor.layers[0].weight, list(net.parameters())[-1]]
+    for param in frozen:
+        param.requires_grad_(False)
+    before = [param.clone() for param in net.parameters()]
+    model.learn(3, reset_num_timesteps=False)
+    for param, value in zip(net.parameters(), before, strict=True):
+        assert th.equal(param, value) == any(param is each for each in frozen)
+
+
+def test_networks_that_share_a_module_are_refused():
+    class Wrapping(FlattenExtractor):
+        def __init__(self, observation_space, backbone):
+            super().__init__(observation_space)
+            self.backbone = backbone
+
+    kwargs = {"features_extractor_class": Wrapping, "features_extractor_kwargs": {"backbone": th.nn.Linear(3, 3)}}
+    with pytest.raises(ValueError, match="share a module, maybe one in `features_extractor_kwargs`"):
+        continuous_bcq(policy_kwargs=kwargs).learn(1)
 
 
 def data_of_two_actions(env, behaviour, n_steps=2000):

@@ -1,9 +1,11 @@
+import copy
 import gc
 import os
 import pickle
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from sb3_ext import FrameReplayBuffer
 from sb3_ext.offline import TransitionDataset, load_dataset
 from sb3_ext.offline.catalog import SHIPPED_ROOT
+from sb3_ext.offline.errors import DatasetNotFoundError
 from sb3_ext.offline.sources import open_source
 from sb3_ext.offline.storage import ReadAhead
 
@@ -369,6 +372,84 @@ def test_rows_that_another_process_writes_at_the_same_time(tmp_path: Path, is_da
     assert_transitions(dataset, pendulum_episodes())
     (rows,) = rows_folders(folder)
     assert [(rows / "floats").stat().st_ino] == inodes
+
+
+def test_rows_on_disk_are_for_all_who_may_read_the_data(tmp_path: Path):
+    folder = write_dataset(tmp_path / "data", *PENDULUM_SPACES, pendulum_episodes())
+    load_dataset(folder, *PENDULUM_SPACES, optimize_memory_usage=True)
+    (rows,) = rows_folders(folder)
+    assert rows.stat().st_mode == folder.stat().st_mode
+
+
+def test_what_killed_processes_have_left_is_removed(tmp_path: Path):
+    folder = write_dataset(tmp_path / "data", *PENDULUM_SPACES, pendulum_episodes())
+    load_dataset(folder, *PENDULUM_SPACES, optimize_memory_usage=True)
+    (rows,) = rows_folders(folder)
+    abandoned, growing = (rows.with_name(f"{rows.name}.{name}") for name in ("abandoned", "growing"))
+    shutil.copytree(rows, abandoned)
+    rows.rename(growing)
+    for path in (abandoned, *abandoned.iterdir()):
+        os.utime(path, (1, 1))
+    load_dataset(folder, *PENDULUM_SPACES, optimize_memory_usage=True)
+    assert rows_folders(folder) == sorted([rows, growing])
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda dataset: pickle.loads(pickle.dumps(dataset))])
+def test_data_on_disk_can_be_copied(tmp_path: Path, copied: Callable[[TransitionDataset], TransitionDataset]):
+    folder = write_dataset(tmp_path / "data", *PENDULUM_SPACES, pendulum_episodes())
+    dataset = load_dataset(folder, *PENDULUM_SPACES, optimize_memory_usage=True)
+    other = copied(dataset)
+    assert_transitions(other, pendulum_episodes())
+    assert_transitions(dataset, pendulum_episodes())
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no processes that share open files")
+def test_processes_that_share_open_files_read_what_they_ask_for(tmp_path: Path):
+    script = tmp_path / "fork.py"
+    write_large(tmp_path / "data", 20_000, 4)
+    script.write_text("""
+import os
+import sys
+
+import numpy as np
+import torch as th
+from gymnasium import spaces
+
+from sb3_ext.offline import load_dataset
+
+th.set_num_threads(1)
+data = sys.argv[1], spaces.Box(-np.inf, np.inf, (17,), np.float32), spaces.Box(-1, 1, (6,), np.float32)
+expected = load_dataset(*data).take(th.arange(20_000)).observations
+dataset = load_dataset(*data, optimize_memory_usage=True)
+is_parent = os.fork() > 0
+th.manual_seed(int(is_parent))
+try:
+    for _ in range(1000):
+        indices = th.randint(20_000, (20,))
+        assert th.equal(dataset.take(indices).observations, expected[indices])
+finally:
+    if not is_parent:
+        os._exit(sys.exc_info()[0] is not None)
+assert os.wait()[1] == 0
+""")
+    subprocess.run([sys.executable, script, tmp_path / "data"], check=True, timeout=120)
+
+
+def test_keys_of_observations_can_be_paths(tmp_path: Path):
+    space = spaces.Dict({"walker/position": spaces.Box(-1, 1, (2,)), "walker/speed": spaces.Box(-1, 1, (1,))})
+    observations = {"walker/position": np.arange(8.0).reshape(4, 2) / 8, "walker/speed": np.arange(4.0)[:, None] / 4}
+    observations = {key: array.astype(np.float32) for key, array in observations.items()}
+    episode = RecordedEpisode(observations, np.zeros((3, 1), np.float32), np.arange(3.0))
+    folder = write_dataset(tmp_path / "data", space, PENDULUM_SPACES[1], [episode])
+    assert_transitions(load_dataset(folder, space, PENDULUM_SPACES[1]), [episode])
+
+
+def test_paths_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    write_dataset(tmp_path / "data", *PENDULUM_SPACES, pendulum_episodes())
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert_transitions(load_dataset("~/data", *PENDULUM_SPACES), pendulum_episodes())
+    with pytest.raises(DatasetNotFoundError, match="is no data set: give an id, a folder with"):
+        load_dataset("~/data/data/main_data.hdf5", *PENDULUM_SPACES)
 
 
 def test_what_is_read_ahead_has_room_for_its_indices(tmp_path: Path):

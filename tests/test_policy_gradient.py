@@ -57,6 +57,56 @@ class ScriptedEnv(gym.Env):
         return self.observe(), self.reward, terminated, truncated, {}
 
 
+@each_algorithm
+def test_hooks_of_the_networks_are_called(algo):
+    model = algo("MlpPolicy", make_vec_env("CartPole-v1", 2), n_steps=64, seed=0, device="cpu")
+    policy, calls = model.policy, []
+
+    def never_left(module, inputs, logits):
+        return logits - th.tensor([1e8, 0.0])
+
+    policy.action_net.register_forward_hook(never_left)
+    policy.value_net.register_forward_hook(lambda *arguments: calls.append("value"))
+    mask = th.zeros_like(policy.mlp_extractor.value_net[0].weight)
+    policy.mlp_extractor.value_net[0].weight.register_hook(lambda gradient: gradient * mask)
+    policy.mlp_extractor.policy_net[0].weight.register_hook(lambda gradient: gradient * mask)
+    before = copy.deepcopy(policy.state_dict())
+    model.learn(128)
+    assert (model.rollout_buffer.actions == 1).all()
+    assert model.rollout_buffer.log_probs.max() <= 0 and model.rollout_buffer.log_probs.min() > -1e-3
+    assert algo is REINFORCE or calls
+    for name in ("value_net", "policy_net"):
+        assert th.equal(policy.state_dict()[f"mlp_extractor.{name}.0.weight"], before[f"mlp_extractor.{name}.0.weight"])
+
+
+class FrozenAtFirst(ActorCriticPolicy):
+    def _build(self, lr_schedule):
+        super()._build(lr_schedule)
+        self.mlp_extractor.policy_net.requires_grad_(False)
+
+
+@each_algorithm
+def test_what_is_frozen_at_first_can_be_trained_later(algo):
+    model = algo(FrozenAtFirst, "CartPole-v1", n_steps=64, seed=0, device="cpu")
+    layer, output = model.policy.mlp_extractor.policy_net[0], model.policy.action_net
+    before, output_before = layer.weight.clone(), output.weight.clone()
+    assert not layer.weight.requires_grad
+    model.learn(64)
+    assert th.equal(layer.weight, before) and not th.equal(output.weight, output_before)
+    layer.requires_grad_(True)
+    model.learn(64)
+    assert not th.equal(layer.weight, before)
+
+
+@each_algorithm
+def test_numbers_given_at_loading_are_checked(algo, tmp_path):
+    algo("MlpPolicy", "CartPole-v1", n_steps=16, device="cpu").save(tmp_path / "model")
+    with pytest.raises(ValueError, match=r"gamma must be in \[0, 1\], but got 2.0"):
+        algo.load(tmp_path / "model", gamma=2.0)
+    with pytest.raises(ValueError, match="n_steps must be at least 1, but got 0"):
+        algo.load(tmp_path / "model", n_steps=0)
+
+
 def collected(algo, env, **kwargs):
     """A model with one rollout that it has not been trained on."""
     model = algo("MlpPolicy", env, seed=0, device="cpu", **kwargs)

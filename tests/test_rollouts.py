@@ -228,6 +228,22 @@ def test_layers_that_behave_differently_in_training():
     assert_same_as_sb3(pendulum, policy_kwargs={"features_extractor_class": Dropped})
 
 
+def test_observations_that_are_not_finite_reach_no_environment():
+    class Broken(ScheduledEnv):
+        n_total = 0
+
+        def step(self, action):
+            assert np.isfinite(action).all()
+            Broken.n_total += 1
+            obs, *others = super().step(action)
+            return obs * (np.nan if Broken.n_total == 7 else 1), *others
+
+    env = DummyVecEnv([lambda: Broken(spaces.Box(-1, 1, (3,)), spaces.Box(-1, 1, (2,)))])
+    with pytest.raises(ValueError, match="an observation is not finite"):
+        FastA2C("MlpPolicy", env, n_steps=32, device="cpu").learn(32)
+    assert Broken.n_total == 7
+
+
 class Strided(VecEnvWrapper):
     """Observations in double precision, with gaps in memory."""
 
@@ -324,11 +340,16 @@ def n_calls(env, policy="MlpPolicy", algo=FastA2C, **kwargs):
     modules = {"policy": model.policy, "actor": model.policy.action_net, "critic": model.policy.value_net}
     calls = dict.fromkeys(modules, 0)
 
-    def count(name):
-        calls[name] += 1
+    def counted(name, forward):
+        def called(*args, **kwargs):
+            calls[name] += 1
+            return forward(*args, **kwargs)
 
+        return called
+
+    # With a hook, the modules would be called at each step
     for name, each in modules.items():
-        each.register_forward_pre_hook(lambda module, args, name=name: count(name))
+        each.forward = counted(name, each.forward)
     model._setup_learn(50)
     callback = Recorder()
     callback.init_callback(model)

@@ -14,7 +14,7 @@ from stable_baselines3.common.torch_layers import FlattenExtractor, MlpExtractor
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
 
-from sb3_ext.common.mlp import MLP
+from sb3_ext.common.mlp import MLP, has_hooks
 from sb3_ext.common.observations import map_observations
 
 # A policy that replaces none of these computes what SB3's does, in the same order
@@ -65,7 +65,11 @@ def split_parameters(policy: ActorCriticPolicy) -> tuple[list[nn.Parameter], lis
         lambda part: np.zeros(part.shape, part.dtype), space.spaces if isinstance(space, spaces.Dict) else space
     )
     obs, _ = policy.obs_to_tensor(zeros)
-    params = [param for param in policy.parameters() if param.requires_grad]
+    params = [param for param in policy.parameters() if param.dtype == th.float32]
+    # Also what is frozen now, and may not be later
+    frozen = [param for param in params if not param.requires_grad]
+    for param in frozen:
+        param.requires_grad_(True)
     was_training = policy.training
     policy.set_training_mode(False)
     with th.enable_grad():
@@ -75,6 +79,8 @@ def split_parameters(policy: ActorCriticPolicy) -> tuple[list[nn.Parameter], lis
     policy.set_training_mode(was_training)
     actor_grads = th.autograd.grad(log_prob.sum(), params, allow_unused=True, retain_graph=True)
     value_grads = th.autograd.grad(values.sum(), params, allow_unused=True) if values.requires_grad else [None] * len(params)
+    for param in frozen:
+        param.requires_grad_(False)
     actor = [param for param, grad in zip(params, actor_grads, strict=True) if grad is not None]
     critic = [
         param
@@ -112,6 +118,9 @@ def _perceptron(policy: ActorCriticPolicy, latent_name: str, output_name: str) -
     output_net = getattr(policy, output_name)
     hidden_net = getattr(policy.mlp_extractor, latent_name)
     if type(output_net) is not nn.Linear or type(hidden_net) is not nn.Sequential:
+        return None
+    extractors = (policy.pi_features_extractor, policy.vf_features_extractor)
+    if has_hooks(policy, policy.mlp_extractor, *extractors, hidden_net, *hidden_net, output_net):
         return None
     network = MLP(*hidden_net, output_net)
     return network if network.is_plain else None

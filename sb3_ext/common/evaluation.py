@@ -61,7 +61,8 @@ class Heads:
         :return: The outputs for both. Valid until the parameters change.
         """
         parameters = [parameter for head in self.heads for parameter in head.weights_and_biases()]
-        if all(head.is_plain for head in self.heads) and flat.ends_with(parameters):
+        has_hooks = any(parameter._backward_hooks for parameter in parameters)
+        if all(head.is_plain for head in self.heads) and flat.ends_with(parameters) and not has_hooks:
             return PerceptronEvaluation(self, flat, flat.params[: len(flat.params) - len(parameters)], obs, next_obs)
         return GraphEvaluation(self, flat, obs, next_obs)
 

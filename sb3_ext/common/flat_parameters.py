@@ -196,10 +196,20 @@ class FlatParametersMixin(nn.Module):
     """
 
     def rebind(self) -> None:
-        """See to it that optimizers move the parameters wherever these lie now; to be called before training."""
-        for attribute in vars(self).values():
-            if isinstance(attribute, FlatParameters):
-                attribute.rebind()
+        """
+        See to it that optimizers move the parameters wherever these lie now; to be called before training.
+
+        :raises ValueError: if a parameter belongs to more than one of the :class:`FlatParameters`
+        """
+        flats = [attribute for attribute in vars(self).values() if isinstance(attribute, FlatParameters)]
+        moved = [flat for flat in flats if not flat.is_bound]
+        for flat in moved:
+            flat.bind()
+        if moved and not all(flat.is_bound for flat in flats):
+            raise ValueError(
+                f"Networks of {type(self).__name__} that have optimizers of their own share a module, maybe one in "
+                "`features_extractor_kwargs`: let each network make its own."
+            )
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)

@@ -188,6 +188,21 @@ class MLP(nn.Sequential):
         return forward
 
 
+def has_hooks(*modules: nn.Module) -> bool:
+    """
+    :param modules: Any
+    :return: Whether there is something to call when one is called, or when the gradient of a parameter of its own is computed
+    """
+    return any(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or any(parameter._backward_hooks for parameter in module.parameters(recurse=False))
+        for module in modules
+    )
+
+
 def is_recorded() -> bool:
     """
     :return: Whether torch writes down what is computed, to export or to compile it. It sees only operators of its own.

@@ -133,8 +133,6 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
         self.n_critic_updates = n_critic_updates
         self.critic_learning_rate = critic_learning_rate
         self.normalize_advantage = normalize_advantage
-        if self.env is not None:
-            self._check_arguments()
         if _init_setup_model:
             self._setup_model()
 
@@ -158,6 +156,7 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
             )
 
     def _setup_model(self) -> None:
+        self._check_arguments()
         super()._setup_model()
         actor, critic = split_parameters(self.policy)
         self.actor_parameters = FlatParameters(*actor)

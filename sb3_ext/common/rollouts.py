@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, ClassVar
@@ -148,6 +149,11 @@ class ActorOnlyRollouts(OnPolicyAlgorithm):
 
         def act_in_numpy(observations: np.ndarray) -> np.ndarray:
             outputs = forward(observations.astype(np.float32, copy=False).reshape(n_envs, -1))
+            if not math.isfinite(outputs.sum()):
+                raise ValueError(
+                    f"The policy's outputs are {outputs}: an observation is not finite, or training has diverged. Look at "
+                    "what the environment returns, or try a smaller learning rate."
+                )
             return draw(outputs).reshape(shape)
 
         return act_in_numpy

@@ -40,6 +40,7 @@ def find_folder(source: str | Path, env_id: str | None) -> Path:
     if str(source).startswith(HUB):
         return _download(str(source))
     if str(source):
+        source = Path(source).expanduser()
         for root in (Path(), local_root(), SHIPPED_ROOT):
             for data in (root / source / METADATA.parent, root / source):
                 if (data / METADATA.name).is_file():
@@ -74,7 +75,9 @@ def not_found(source: object, env_id: str | None) -> DatasetNotFoundError:
     :return: the error, listing what exists and the commands that make a data set
     """
     asked = "No data set was given."
-    if source is not None:
+    if source is not None and Path(str(source)).exists():
+        asked = f"{source} is no data set: give an id, a folder with {METADATA.as_posix()} in it, or a replay buffer's .pkl."
+    elif source is not None:
         asked = f"There is no data set with the id '{source}', and no folder or file of this name."
     local, shipped = list_ids(local_root()), list_ids(SHIPPED_ROOT)
     return DatasetNotFoundError(

@@ -170,7 +170,7 @@ class MinariSource(Source):
         for episode, group in self._hdf5_episodes():
             n_steps = len(group["rewards"])
             lengths = {key: len(group[key]) for key in ("actions", "terminations", "truncations")}
-            lengths.update({name: len(array) - 1 for name, array in _leaves(group["observations"], "observations")})
+            lengths.update({key or "observations": len(array) - 1 for key, array in _leaves(group["observations"])})
             for name, length in lengths.items():
                 if length != n_steps:
                     raise CorruptDatasetError(
@@ -220,11 +220,13 @@ class MinariSource(Source):
             )
 
 
-def _leaves(node: "h5py.Group | h5py.Dataset", name: str = "") -> Iterator[tuple[str, "h5py.Dataset"]]:
+def _leaves(node: "h5py.Group | h5py.Dataset", key: str = "") -> Iterator[tuple[str, "h5py.Dataset"]]:
     if hasattr(node, "keys"):
-        yield from ((key, node[key]) for key in node.keys())
+        for name in node.keys():
+            # Keys of a Dict space can be paths, such as dm_control's "walker/position"
+            yield from _leaves(node[name], f"{key}/{name}" if key else name)
     else:
-        yield name, node
+        yield key, node
 
 
 class BufferSource(Source):

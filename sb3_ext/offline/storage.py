@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import tempfile
+import time
+import uuid
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -119,7 +121,13 @@ class DiskRows:
         return all((path / name).is_file() and (path / name).stat().st_size == size for name, size in self._sizes.items())
 
     def _write(self, layout: Layout, pieces: Iterator[Piece], path: Path | None) -> Path:
-        temporary = Path(tempfile.mkdtemp(prefix=".rows-", dir=path.parent if path else None))
+        if path is None:
+            temporary = Path(tempfile.mkdtemp(prefix=".rows-"))
+        else:
+            # Who may read the data set may read this
+            _remove_abandoned(path)
+            temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}")
+            temporary.mkdir()
         try:
             with open(temporary / "floats", "wb") as floats, open(temporary / "bytes", "wb") as images:
                 files = {"floats": floats, "bytes": images}
@@ -177,8 +185,16 @@ class DiskRows:
         return places
 
 
+def _remove_abandoned(path: Path) -> None:
+    """What processes that were killed have left of ``path``: files that nobody has written to for an hour."""
+    for folder in path.parent.glob(f"{path.name}.*"):
+        if time.time() - max((file.stat().st_mtime for file in (folder, *folder.glob("*"))), default=0.0) > 3600:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class _RowFile:
     def __init__(self, path: Path, layout: Layout, name: str) -> None:
+        self._arguments = path, layout, name
         self._file = open(path, "rb", buffering=0)
         dtype = th.float32 if name == "floats" else th.uint8
         self._row_nbytes = layout.widths[name] * dtype.itemsize
@@ -187,6 +203,17 @@ class _RowFile:
         self._buffer = memoryview(bytearray((self._window_rows + 1) * self._row_nbytes))
         window = th.frombuffer(self._buffer, dtype=dtype).view(-1, layout.widths[name])
         self._window = layout.overlapping(window, name)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _RowFile, self._arguments
+
+    def _read(self, start: int, buffer: memoryview) -> int:
+        """:return: number of bytes"""
+        if hasattr(os, "preadv"):
+            # After a fork, processes share the position in the file, which this does not use
+            return os.preadv(self._file.fileno(), [buffer], start)
+        self._file.seek(start)
+        return self._file.readinto(buffer) or 0
 
     def new_buffer(self, n_transitions: int) -> th.Tensor:
         return self._window.new_empty((n_transitions, self._window.shape[1]))
@@ -203,8 +230,7 @@ class _RowFile:
         lasts = rows[[*(start - 1 for start in starts[1:]), len(rows) - 1]].tolist()
         for start, stop, first, last in zip(starts, [*starts[1:], len(rows)], firsts, lasts, strict=True):
             nbytes = (last + 2 - first) * self._row_nbytes
-            self._file.seek(first * self._row_nbytes)
-            if self._file.readinto(self._buffer[:nbytes]) != nbytes:
+            if self._read(first * self._row_nbytes, self._buffer[:nbytes]) != nbytes:
                 raise CorruptDatasetError(f"{self._file.name} has become shorter while it was read.")
             th.index_select(self._window, 0, rows[start:stop] - first, out=out[start:stop])
 

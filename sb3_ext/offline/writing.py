@@ -94,7 +94,8 @@ class EpisodeStore:
         if seed is not None:
             arrays["seed"] = np.array(seed)
         path = self._path(index)
-        temporary = path.with_suffix(".tmp")
+        # Of this process, in case that somebody has started the same twice
+        temporary = path.with_suffix(f".{os.getpid()}.tmp")
         try:
             with self._room(), open(temporary, "wb") as file:
                 np.savez(file, **arrays)  # type: ignore[arg-type]
@@ -158,7 +159,7 @@ class EpisodeStore:
 
 
 def _write_atomically(path: Path, content: bytes) -> None:
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_bytes(content)
     os.replace(temporary, path)
 

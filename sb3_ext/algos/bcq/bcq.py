@@ -209,6 +209,7 @@ class BCQ(OfflineAlgorithm):
         if (self._n_updates + 1) % self.target_update_interval == 0:
             policy.flat_critic_target.polyak_update(policy.flat_critic, self.tau)
             policy.flat_perturbation_target.polyak_update(policy.flat_perturbation, self.tau)
+            policy.copy_running_statistics()
         self._record_losses(vae_loss=vae_loss, critic_loss=critic_loss, perturbation_loss=perturbation_loss)
 
     def _noise(self, n_rows: int) -> th.Tensor:
@@ -278,10 +279,11 @@ class BCQ(OfflineAlgorithm):
         q_loss, q_gradient = huber_loss(q_values, actions, target_q_values)
         imitation_loss, logits_gradient = self._imitation_loss(logits, actions)
         online.backward(q_gradient, logits_gradient)
-        policy.optimizer.step()
+        policy.flat.step(policy.optimizer)
 
         if (self._n_updates + 1) % self.target_update_interval == 0:
             policy.flat_target.polyak_update(policy.flat, self.tau)
+            policy.copy_running_statistics()
         self._record_losses(q_loss=q_loss, imitation_loss=imitation_loss)
 
     def _discrete_target(self, replay_data: Samples, q_values: th.Tensor, logits: th.Tensor) -> th.Tensor:

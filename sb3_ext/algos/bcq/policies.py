@@ -107,6 +107,26 @@ class BCQPolicy(FlatPolicy):
     #: Names of the optimizers, each over one of the policy's :class:`FlatParameters`
     optimizer_names: ClassVar[list[str]]
 
+    def _set_targets(self, *pairs: tuple[nn.Module, nn.Module]) -> None:
+        """
+        :param pairs: Networks and their target networks
+        """
+        self._targets = [target.requires_grad_(False).train(False) for _, target in pairs]
+        layers = (zip(online.modules(), target.modules(), strict=True) for online, target in pairs)
+        self._normalizations = [pair for pairs in layers for pair in pairs if hasattr(pair[0], "running_mean")]
+
+    def set_training_mode(self, mode: bool) -> None:
+        super().set_training_mode(mode)
+        # Targets have no dropout, and do not take statistics of batches
+        for target in self._targets:
+            target.train(False)
+
+    def copy_running_statistics(self) -> None:
+        """As SB3's algorithms: those of batch normalization are not averaged."""
+        for online, target in self._normalizations:
+            for statistic, of_target in zip(online.buffers(recurse=False), target.buffers(recurse=False), strict=True):
+                of_target.copy_(statistic)
+
 
 class ContinuousBCQPolicy(BCQPolicy):
     """
@@ -167,8 +187,7 @@ class ContinuousBCQPolicy(BCQPolicy):
         )
         self.critic_target = deepcopy(self.critic)
         self.perturbation_target = deepcopy(self.perturbation)
-        for target in (self.critic_target, self.perturbation_target):
-            target.requires_grad_(False)
+        self._set_targets((self.critic, self.critic_target), (self.perturbation, self.perturbation_target))
 
         self.flat_vae = FlatParameters(self.vae)
         self.flat_critic = FlatParameters(self.critic)
@@ -296,7 +315,7 @@ class DiscreteBCQPolicy(BCQPolicy):
         self.q_net = QNetwork(net_arch=self.net_arch, **net_kwargs)
         self.imitation_net = mlp(net_kwargs["features_dim"], int(self.action_space.n), self.net_arch, self.activation_fn)
         self.q_net_target = deepcopy(self.q_net)
-        self.q_net_target.requires_grad_(False)
+        self._set_targets((self.q_net, self.q_net_target))
         # The target has no imitation head: its parameters are the first of the online ones
         self.flat = FlatParameters(self.q_net, self.imitation_net)
         self.flat_target = FlatParameters(self.q_net_target)

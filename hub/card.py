@@ -16,6 +16,7 @@ import gymnasium as gym
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
 from jinja2 import Environment, StrictUndefined
+from torch import nn
 
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 from sb3_ext.zoo.registry import ALGORITHMS
@@ -55,6 +56,9 @@ class CardContents:
     :param dataset: Of an offline agent
     :param pictures: In the order in which they are shown
     :param has_video: Whether there is a ``replay.mp4``
+    :param n_trained: Length of the training so far, if it is not the whole of it
+    :param stage: Which of the models of the training it is, if not the last one
+    :param gym_packages: Packages to import, which register the environment
     :param license: Of the agent, an identifier of the Hub
     """
 
@@ -69,6 +73,9 @@ class CardContents:
     dataset: DatasetStatistics | None = None
     pictures: Sequence[Picture] = ()
     has_video: bool = False
+    n_trained: int | None = None
+    stage: str = ""
+    gym_packages: Sequence[str] = ()
     license: str = "mit"
 
 
@@ -103,11 +110,13 @@ def render(contents: CardContents) -> str:
         extras=extras(env_id),
         pictures=contents.pictures,
         has_video=contents.has_video,
-        training_command=training_command(contents.train_args),
+        training_command=training_command(contents.train_args, contents.hyperparams),
         tuning=tuning(contents.train_args),
         dataset=contents.dataset,
         seed=contents.train_args["seed"],
-        n_timesteps=f"{int(hyperparams['n_timesteps']):,}",
+        n_timesteps=f"{int(contents.n_trained or hyperparams['n_timesteps']):,}",
+        stage=contents.stage,
+        gym_packages=contents.gym_packages,
         unit="gradient updates" if is_offline else "steps",
         hyperparams=_yaml(hyperparams),
         env_kwargs=_yaml(contents.env_kwargs) if contents.env_kwargs else "",
@@ -164,10 +173,11 @@ def describe(algorithm: type) -> tuple[str, str | None]:
     return re.sub(r"``?([^`]+)``?", r"`\1`", summary), papers[0].rstrip(".") if papers else None
 
 
-def training_command(train_args: Mapping[str, Any]) -> str:
+def training_command(train_args: Mapping[str, Any], hyperparams: Mapping[str, Any]) -> str:
     """
     :param train_args: Arguments of ``rl_zoo3.train``, as the zoo saved them
-    :return: The command that trains this agent again
+    :param hyperparams: As the zoo saved them
+    :return: The command that trains this agent again. Who reads it does not have the study that hyperparameters may come from.
     """
     command = ["python", "-m", "rl_zoo3.train", "--algo", train_args["algo"], "--env", str(train_args["env"])]
     command += ["--seed", str(train_args["seed"])]
@@ -179,9 +189,12 @@ def training_command(train_args: Mapping[str, Any]) -> str:
             command += [option, *([given] if isinstance(given, str) else given)]
     if _has_own_length(train_args):
         command += ["-n", str(int(train_args["n_timesteps"]))]
-    for option, name in (("-params", "hyperparams"), ("--env-kwargs", "env_kwargs")):
-        if train_args.get(name):
-            command += [option, *(f"{key}:{value!r}" for key, value in train_args[name].items())]
+    params = train_args.get("hyperparams") or {}
+    if train_args.get("trial_id") is not None:
+        params = {**{key: value for key, value in hyperparams.items() if key != "n_timesteps"}, **params}
+    for option, given in (("-params", params), ("--env-kwargs", train_args.get("env_kwargs"))):
+        if given:
+            command += [option, *(f"{key}:{_expression(value)}" for key, value in given.items())]
     if train_args.get("vec_env", "dummy") != "dummy":
         command += ["--vec-env", train_args["vec_env"]]
     return shlex.join(command)
@@ -216,6 +229,29 @@ def extras(env_id: str) -> str:
     return f"[{','.join(found)}]" if found else ""
 
 
+def _expression(value: Any) -> str:
+    """:return: Python that the zoo evaluates to the value"""
+    if isinstance(value, Mapping):
+        return f"{{{', '.join(f'{key!r}: {_expression(each)}' for key, each in value.items())}}}"
+    if isinstance(value, list):
+        return f"[{', '.join(map(_expression, value))}]"
+    if isinstance(value, tuple):
+        return f"({''.join(f'{_expression(each)}, ' for each in value)})"
+    if isinstance(value, type):
+        is_layer = getattr(nn, value.__name__, None) is value
+        return f"nn.{value.__name__}" if is_layer else f"__import__({value.__module__!r}, fromlist=['_']).{value.__qualname__}"
+    return repr(value)
+
+
 def _yaml(values: Mapping[str, Any]) -> str:
-    plain = {key: value if isinstance(value, (int, float, bool, list, dict)) else str(value) for key, value in values.items()}
-    return yaml.safe_dump(plain, sort_keys=False, width=1000).rstrip()
+    return yaml.safe_dump(_plain(values), sort_keys=False, width=1000).rstrip()
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    if isinstance(value, type):
+        return f"{value.__module__}.{value.__qualname__}"
+    return value if isinstance(value, (int, float, bool)) else str(value)

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import shutil
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import gymnasium as gym
 import rl_zoo3.import_envs  # noqa: F401
 import torch as th
 import yaml
@@ -23,7 +26,7 @@ from stable_baselines3.common.save_util import load_from_zip_file
 from stable_baselines3.common.vec_env import VecEnv
 
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
-from sb3_ext.offline.errors import DatasetError
+from sb3_ext.offline.errors import AgentError, DatasetError
 from sb3_ext.zoo import pictures, register
 from sb3_ext.zoo.agents import add_choice_of_agent, find_agent, load_agent
 
@@ -44,6 +47,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--algo", help="RL algorithm of the agent", required=True, choices=list(ALGOS))
     parser.add_argument("--env", help="environment ID", type=EnvironmentName, required=True)
     add_choice_of_agent(parser)
+    parser.add_argument(
+        "--gym-packages", help="packages that register environments (default: those of the training)", nargs="+"
+    )
     parser.add_argument("-orga", "--organization", help="user or organization on the Hub (not needed for --dry-run)")
     add_repository(parser, name="algo-env", message="Trained agent")
     parser.add_argument("--dry-run", help="write what would be pushed into this folder, and push nothing", type=Path)
@@ -84,7 +90,9 @@ def package(args: argparse.Namespace, folder: Path) -> None:
     """
     model_path, log_path = find_agent(args)
     params_path = Path(log_path, args.env)
-    train_args = dict(yaml.load((params_path / "args.yml").read_text(), Loader=yaml.UnsafeLoader))
+    train_args = arguments_of(params_path / "args.yml")
+    gym_packages = args.gym_packages or train_args.get("gym_packages") or []
+    import_packages(gym_packages, args.env)
     hyperparams, _ = get_saved_hyperparams(str(params_path), test_mode=True)
     model, env, env_kwargs = load_agent(args, model_path, log_path, more_env_kwargs={"render_mode": "rgb_array"})
     del env_kwargs["render_mode"]
@@ -108,10 +116,50 @@ def package(args: argparse.Namespace, folder: Path) -> None:
         dataset=dataset_of(hyperparams) if isinstance(model, OfflineAlgorithm) else None,
         pictures=shown,
         has_video=has_video,
+        n_trained=model.num_timesteps if stage_of(args) else None,
+        stage=stage_of(args),
+        gym_packages=gym_packages,
         license=args.license,
     )
     (folder / "README.md").write_text(render(contents), encoding="utf-8")
     env.close()
+
+
+def arguments_of(path: Path) -> dict[str, Any]:
+    """
+    :param path: Where the zoo saved the arguments of the training
+    :return: These
+    :raises AgentError: if they are not there
+    """
+    if not path.is_file():
+        raise AgentError(f"{path} is not there, and the card cannot say how the agent was trained: push it from where it was.")
+    # The zoo writes its own classes into it
+    return dict(yaml.load(path.read_text(), Loader=yaml.UnsafeLoader))
+
+
+def import_packages(names: Iterable[str], env: EnvironmentName) -> None:
+    """
+    :param names: Of packages that register environments
+    :param env: The agent's environment
+    :raises AgentError: if one cannot be imported, or none registers the environment
+    """
+    for name in names:
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise AgentError(f"{name}, which the agent was trained with, cannot be imported: {error}") from error
+    if env.gym_id not in gym.registry:
+        raise AgentError(f"{env} is not in the gymnasium registry: name the package that registers it with --gym-packages.")
+
+
+def stage_of(args: argparse.Namespace) -> str:
+    """
+    :param args: Of the command
+    :return: Which of the models that the training saved the agent is; nothing if it is the last one
+    """
+    if args.load_best:
+        return "the best of the evaluations on the way"
+    return "a checkpoint" if args.load_checkpoint is not None or args.load_last_checkpoint else ""
 
 
 def restore_arguments(model: BaseAlgorithm, model_path: str) -> None:

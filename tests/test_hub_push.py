@@ -352,15 +352,66 @@ def test_training_command():
         "vec_env": "dummy",
         "trial_id": None,
     }
-    command = training_command(saved)
+    hyperparams = {
+        "n_timesteps": 5000,
+        "gamma": 0.8,
+        "learning_rate": 1e-3,
+        "policy_kwargs": {"activation_fn": th.nn.ReLU, "net_arch": [8], "optimizer_class": th.optim.RMSprop},
+        "betas": (0.5,),
+    }
+    command = training_command(saved, hyperparams)
     assert command == (
         "python -m rl_zoo3.train --algo bcq --env Pendulum-v1 --seed 3 -n 1000 -params gamma:0.9 'dataset:'\"'\"'a b'\"'\"'' "
         "--env-kwargs g:9.8"
     )
-    continued = training_command({**saved, "trained_agent": "logs/agent.zip", "gym_packages": ["a", "b"]})
+    # The zoo evaluates the hyperparameters of a trial as Python
+    of_trial = shlex.split(training_command({**saved, "trial_id": 4}, hyperparams))
+    params = of_trial[of_trial.index("-params") + 1 : of_trial.index("--env-kwargs")]
+    names = {"nn": th.nn}
+    assert {key: eval(value, names) for key, value in (param.split(":", 1) for param in params)} == {
+        **{key: value for key, value in hyperparams.items() if key != "n_timesteps"},
+        "gamma": 0.9,
+        "dataset": "a b",
+    }
+    continued = training_command({**saved, "trained_agent": "logs/agent.zip", "gym_packages": ["a", "b"]}, {})
     assert "--seed 3 -i logs/agent.zip --gym-packages a b -n 1000" in continued
     assert tuning(saved) == ""
     assert tuning({**saved, "trial_id": 4, "study_name": "s"}) == "The hyperparameters are those of trial 4 of the study `s`."
+
+
+def test_agents_of_other_environments_and_stages(tmp_path):
+    (tmp_path / "my_envs.py").write_text(
+        "import gymnasium\ngymnasium.register('Mine-v0', 'gymnasium.envs.classic_control:CartPoleEnv', max_episode_steps=50)\n"
+    )
+    train = ["-m", "rl_zoo3.train", "--algo", "ddqn", "--env", "Mine-v0", "--gym-packages", "my_envs", "--eval-freq", "-1"]
+    params = ["policy_kwargs:dict(activation_fn=nn.ELU, net_arch=[8])", "policy:'MlpPolicy'", "buffer_size:100"]
+    run(*train, "-n", "40", "--seed", "1", "--save-freq", "20", "-params", *params, cwd=tmp_path)
+    # As tuning leaves it
+    (tmp_path / "logs" / "ddqn" / "Mine-v0_2").mkdir()
+    push_it = ["-m", "sb3_ext.hub.push", "--algo", "ddqn", "--env", "Mine-v0", "-f", "logs", *BRIEFLY, "--dry-run", "card"]
+
+    missing = run(*push_it, "--load-best", cwd=tmp_path, check=False)
+    assert missing.returncode == 78 and "rl_model_20_steps.zip" in missing.stderr and "--eval-freq" in missing.stderr
+    run(*push_it, "--load-checkpoint", "20", cwd=tmp_path)
+    card = (tmp_path / "card" / "README.md").read_text()
+    assert "Seed 1, 20 steps: a checkpoint." in card
+    assert "import my_envs" in card and "torch.nn.modules.activation.ELU" in card
+    # What the card says trains another one
+    command = shlex.split(re.search(r"^python -m rl_zoo3.train .*$", card, re.MULTILINE)[0])
+    run(*command[1:], "-n", "10", cwd=tmp_path)
+    assert (tmp_path / "logs" / "ddqn" / "Mine-v0_3" / "Mine-v0.zip").is_file()
+
+    shutil.rmtree(tmp_path / "card")
+    args = tmp_path / "logs" / "ddqn" / "Mine-v0_1" / "Mine-v0" / "args.yml"
+    args.unlink()
+    missing = run(*push_it, "--exp-id", "1", cwd=tmp_path, check=False)
+    assert missing.returncode == 78 and "args.yml is not there" in missing.stderr
+
+
+def test_environments_that_nobody_registers(logs):
+    command = ["-m", "sb3_ext.hub.push", "--algo", "vpg", "--env", "CartPole-v1", "-f", "logs", "--dry-run", "card"]
+    failed = run(*command, "--gym-packages", "no_such_package", cwd=logs, check=False)
+    assert failed.returncode == 78 and "no_such_package" in failed.stderr and "Traceback" not in failed.stderr
 
 
 def test_extras_of_environments():

@@ -23,9 +23,9 @@ from algo_cases import CASES, OBSERVATIONS, SMALL_ACTOR_CRITIC, SMALL_DDQN, SMAL
 from gymnasium import spaces
 from gymnasium.wrappers import FlattenObservation, TimeAwareObservation
 from rl_zoo3.utils import linear_schedule as zoo_schedule
-from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3
+from stable_baselines3 import A2C, DDPG, DQN, PPO, SAC, TD3, HerReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
-from stable_baselines3.common.envs import IdentityEnvMultiBinary, IdentityEnvMultiDiscrete
+from stable_baselines3.common.envs import BitFlippingEnv, IdentityEnvMultiBinary, IdentityEnvMultiDiscrete
 from stable_baselines3.common.noise import NormalActionNoise, OrnsteinUhlenbeckActionNoise
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
@@ -34,7 +34,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNorm
 from test_algos import N_STEPS, assert_same_weights, observations, weights
 from torch import nn
 
-from sb3_ext import OptionCritic, SACDiscrete
+from sb3_ext import DDQN, OptionCritic, SACDiscrete
 from sb3_ext.hub import SafeFormatError, load_safe, save_safe
 
 SMALL_TD3 = {key: value for key, value in SMALL_DDQN.items() if key != "target_update_interval"}
@@ -430,6 +430,21 @@ def test_frame_stack(observation, tmp_path):
     loaded.set_env(wrapped)
     assert loaded.get_env() is wrapped
     learn(loaded)
+
+
+def test_hindsight_needs_its_environment_only_to_go_on_learning(tmp_path):
+    env = BitFlippingEnv(n_bits=4, continuous=False)
+    buffer = {"replay_buffer_class": HerReplayBuffer, "replay_buffer_kwargs": {"n_sampled_goal": 2}}
+    model = DDQN("MultiInputPolicy", env, **SMALL_DDQN, **buffer, seed=0, device="cpu").learn(60)
+    save_safe(model, tmp_path)
+    obs = observations(model)
+    expected = model.predict(obs, deterministic=True)[0]
+    acting, learning = load_safe(tmp_path, device="cpu")[0], load_safe(tmp_path, env=env, device="cpu")[0]
+    for loaded in (acting, learning):
+        np.testing.assert_array_equal(loaded.predict(obs, deterministic=True)[0], expected)
+    assert acting.replay_buffer is None and acting.replay_buffer_class is HerReplayBuffer
+    learning.learn(60)
+    assert learning.replay_buffer.n_sampled_goal == 2
 
 
 def test_observations_of_bits(tmp_path):

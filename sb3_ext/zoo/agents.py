@@ -32,14 +32,33 @@ def find_agent(args: argparse.Namespace) -> tuple[str, str]:
     :return: The saved model, and the folder of its experiment
     :raises AgentError: if there is none
     """
-    try:
-        _, model_path, log_path = get_model_path(
-            args.exp_id, args.folder, args.algo, args.env, args.load_best, args.load_checkpoint, args.load_last_checkpoint
-        )
-    except (AssertionError, ValueError) as error:
-        command = f"python -m rl_zoo3.train --algo {args.algo} --env {args.env.gym_id} -f {args.folder}"
-        raise AgentError(f"{error}. Train an agent first: {command}") from error
-    return model_path, log_path
+    which = args.load_best, args.load_checkpoint, args.load_last_checkpoint
+    first_error: Exception | None = None
+    # Tuning leaves experiments without an agent
+    for exp_id in [args.exp_id] if args.exp_id != 0 else _experiments(args) or [0]:
+        try:
+            _, model_path, log_path = get_model_path(exp_id, args.folder, args.algo, args.env, *which)
+        except (AssertionError, ValueError) as error:
+            first_error = first_error or error
+        else:
+            return model_path, log_path
+    raise AgentError(f"{first_error}. {_what_to_do(args)}") from first_error
+
+
+def _experiments(args: argparse.Namespace) -> list[int]:
+    """:return: ids of those with this algorithm and environment, the latest first"""
+    folders = Path(args.folder, args.algo).glob(f"{args.env}_*")
+    ids = [folder.name.removeprefix(f"{args.env}_") for folder in folders if folder.is_dir()]
+    return sorted((int(number) for number in ids if number.isdecimal() and int(number) > 0), reverse=True)
+
+
+def _what_to_do(args: argparse.Namespace) -> str:
+    folder = Path(args.folder, args.algo)
+    experiments = [folder] if args.exp_id < 0 else list(folder.glob(f"{args.env}_{args.exp_id or '*'}"))
+    models = sorted(path.as_posix() for experiment in experiments for path in experiment.glob("*.zip"))
+    if models:
+        return f"There is: {', '.join(models)}. Best models are saved with --eval-freq, checkpoints with --save-freq."
+    return f"Train an agent first: python -m rl_zoo3.train --algo {args.algo} --env {args.env.gym_id} -f {args.folder}"
 
 
 def load_agent(

@@ -28,7 +28,7 @@ from stable_baselines3.common.vec_env import VecEnv
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 from sb3_ext.offline.errors import AgentError, DatasetError
 from sb3_ext.zoo import pictures, register
-from sb3_ext.zoo.agents import add_choice_of_agent, find_agent, load_agent
+from sb3_ext.zoo.agents import add_choice_of_agent, find_agent, load_agent, training_arguments
 
 from .card import CardContents, Picture, render
 from .data import DatasetStatistics, statistics_of
@@ -90,7 +90,9 @@ def package(args: argparse.Namespace, folder: Path) -> None:
     """
     model_path, log_path = find_agent(args)
     params_path = Path(log_path, args.env)
-    train_args = arguments_of(params_path / "args.yml")
+    train_args = training_arguments(params_path)
+    if not train_args:
+        raise AgentError(f"{params_path / 'args.yml'} is not there: without it the card cannot say how the agent was trained.")
     gym_packages = args.gym_packages or train_args.get("gym_packages") or []
     import_packages(gym_packages, args.env)
     hyperparams, _ = get_saved_hyperparams(str(params_path), test_mode=True)
@@ -123,18 +125,6 @@ def package(args: argparse.Namespace, folder: Path) -> None:
     )
     (folder / "README.md").write_text(render(contents), encoding="utf-8")
     env.close()
-
-
-def arguments_of(path: Path) -> dict[str, Any]:
-    """
-    :param path: Where the zoo saved the arguments of the training
-    :return: These
-    :raises AgentError: if they are not there
-    """
-    if not path.is_file():
-        raise AgentError(f"{path} is not there, and the card cannot say how the agent was trained: push it from where it was.")
-    # The zoo writes its own classes into it
-    return dict(yaml.load(path.read_text(), Loader=yaml.UnsafeLoader))
 
 
 def import_packages(names: Iterable[str], env: EnvironmentName) -> None:

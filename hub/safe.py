@@ -273,14 +273,14 @@ class _Agent:
         model.observation_space, model.action_space = self.observation_space, self.action_space
         model.n_envs = self.n_envs if model.env is None else model.env.num_envs
         model.policy_class = _compared_with(tensors, self.policy)
-        buffer_class, buffer_kwargs = attributes.get("replay_buffer_class"), attributes.get("replay_buffer_kwargs")
-        needs_env = isinstance(buffer_class, type) and issubclass(buffer_class, HerReplayBuffer)
-        if needs_env and env is None:
-            # It asks the environment for rewards. An agent that only acts has none, and no memory
+        buffer = {name: attributes.get(name) for name in ("replay_buffer_class", "replay_buffer_kwargs")}
+        # Hindsight asks the environment for rewards. An agent that only acts has none, and no memory
+        lacks_env = env is None and issubclass(buffer["replay_buffer_class"] or object, HerReplayBuffer)
+        if lacks_env:
             vars(model).update(replay_buffer_class=None, replay_buffer_kwargs={})
         model._setup_model()
-        if needs_env and env is None:
-            vars(model).update(replay_buffer_class=buffer_class, replay_buffer_kwargs=buffer_kwargs, replay_buffer=None)
+        if lacks_env:
+            vars(model).update(buffer, replay_buffer=None)
         model.policy_class = self.policy
         vars(model).update(self.progress)
         return model

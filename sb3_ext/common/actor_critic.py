@@ -65,8 +65,9 @@ def split_parameters(policy: ActorCriticPolicy) -> tuple[list[nn.Parameter], lis
         lambda part: np.zeros(part.shape, part.dtype), space.spaces if isinstance(space, spaces.Dict) else space
     )
     obs, _ = policy.obs_to_tensor(zeros)
-    params = [param for param in policy.parameters() if param.dtype == th.float32]
-    # Also what is frozen now, and may not be later
+    # Also what is frozen now, and may not be later, if it can be together with the others
+    dtypes = {param.dtype for param in policy.parameters() if param.requires_grad} or {th.float32}
+    params = [param for param in policy.parameters() if param.dtype in dtypes]
     frozen = [param for param in params if not param.requires_grad]
     for param in frozen:
         param.requires_grad_(True)

@@ -188,7 +188,12 @@ class DiskRows:
 def _remove_abandoned(path: Path) -> None:
     """What processes that were killed have left of ``path``: files that nobody has written to for an hour."""
     for folder in path.parent.glob(f"{path.name}.*"):
-        if time.time() - max((file.stat().st_mtime for file in (folder, *folder.glob("*"))), default=0.0) > 3600:
+        try:
+            last_written = max(file.stat().st_mtime for file in (folder, *folder.glob("*")))
+        except FileNotFoundError:
+            # Its process has just finished
+            continue
+        if time.time() - last_written > 3600:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -41,6 +41,7 @@ def find_agent(args: argparse.Namespace) -> tuple[str, str]:
         except (AssertionError, ValueError) as error:
             first_error = first_error or error
         else:
+            print(f"Loading {model_path}")
             return model_path, log_path
     raise AgentError(f"{first_error}. {_what_to_do(args)}") from first_error
 
@@ -59,6 +60,16 @@ def _what_to_do(args: argparse.Namespace) -> str:
     if models:
         return f"There is: {', '.join(models)}. Best models are saved with --eval-freq, checkpoints with --save-freq."
     return f"Train an agent first: python -m rl_zoo3.train --algo {args.algo} --env {args.env.gym_id} -f {args.folder}"
+
+
+def training_arguments(params_path: str | Path) -> dict[str, Any]:
+    """
+    :param params_path: Where the zoo saved the settings of an agent
+    :return: The arguments of ``rl_zoo3.train``; nothing if they are not there
+    """
+    path = Path(params_path, "args.yml")
+    # The zoo writes its own classes into it
+    return dict(yaml.load(path.read_text(), Loader=yaml.UnsafeLoader)) if path.is_file() else {}
 
 
 def load_agent(
@@ -83,12 +94,7 @@ def load_agent(
     params_path = os.path.join(log_path, args.env)
     hyperparams, stats_path = get_saved_hyperparams(params_path, test_mode=True)
     env_kwargs = hyperparams.pop("env_kwargs", {})
-    args_path = Path(params_path, "args.yml")
-    if args_path.is_file():
-        # The zoo writes its own classes into it
-        saved_args = yaml.load(args_path.read_text(), Loader=yaml.UnsafeLoader)
-        env_kwargs = saved_args["env_kwargs"] or env_kwargs
-    env_kwargs = {**env_kwargs, **(more_env_kwargs or {})}
+    env_kwargs = {**(training_arguments(params_path).get("env_kwargs") or env_kwargs), **(more_env_kwargs or {})}
     her = "HerReplayBuffer" in hyperparams.get("replay_buffer_class", "")
     env = create_test_env(
         args.env.gym_id,

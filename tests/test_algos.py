@@ -221,6 +221,19 @@ def test_log_has_the_documented_keys(case, tmp_path):
 
 
 @each_case
+def test_schedules_end_at_zero_though_the_last_rollout_goes_further(case):
+    seen = []
+
+    def schedule(progress_remaining):
+        seen.append(progress_remaining)
+        return 1e-3 * progress_remaining
+
+    case.make(DummyVecEnv([case.env] * 5), learning_rate=schedule).learn(N_STEPS)
+    # The last update of a data set comes before the end
+    assert min(seen) == (pytest.approx(1 / N_STEPS) if case.is_offline else 0.0)
+
+
+@each_case
 def test_tensorboard_and_progress_bar(case, tmp_path):
     model = case.make(case.env(), tensorboard_log=str(tmp_path))
     model.learn(N_STEPS, log_interval=4, progress_bar=True)

@@ -572,18 +572,6 @@ def test_training_goes_on_when_the_policy_gets_new_memory(algo):
     assert not th.equal(model.policy.action_net.weight, before["action_net.weight"])
 
 
-@each_algorithm
-def test_schedules_end_at_zero_though_the_last_rollout_goes_further(algo):
-    seen = []
-
-    def schedule(progress_remaining):
-        seen.append(progress_remaining)
-        return 1e-3 * progress_remaining
-
-    algo("MlpPolicy", "CartPole-v1", learning_rate=schedule, n_steps=64, device="cpu").learn(100)
-    assert sorted(set(seen)) == pytest.approx([0.0, 0.36, 1.0])
-
-
 # --- REINFORCE -------------------------------------------------------------------------------------------------------
 
 

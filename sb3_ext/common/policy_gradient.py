@@ -28,6 +28,7 @@ from sb3_ext.common.flat_parameters import FlatParameters
 from sb3_ext.common.losses import standardized
 from sb3_ext.common.mlp import MLP
 from sb3_ext.common.observations import map_observations
+from sb3_ext.common.progress import ProgressMixin
 from sb3_ext.common.rollouts import ActorOnlyRollouts
 
 SelfPolicyGradientAlgorithm = TypeVar("SelfPolicyGradientAlgorithm", bound="PolicyGradientAlgorithm")
@@ -35,7 +36,7 @@ SelfPolicyGradientAlgorithm = TypeVar("SelfPolicyGradientAlgorithm", bound="Poli
 ACTION_SPACES = (spaces.Box, spaces.Discrete, spaces.MultiDiscrete, spaces.MultiBinary)
 
 
-class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
+class PolicyGradientAlgorithm(ProgressMixin, ActorOnlyRollouts, OnPolicyAlgorithm):
     """
     Collects a rollout, improves the actor once with all of it, then fits the critic.
 
@@ -173,11 +174,6 @@ class PolicyGradientAlgorithm(ActorOnlyRollouts, OnPolicyAlgorithm):
 
     def _make_optimizer(self, parameters: FlatParameters) -> th.optim.Optimizer:
         return parameters.make_optimizer(self.policy.optimizer_class, self.lr_schedule(1), self.policy.optimizer_kwargs)
-
-    def _update_current_progress_remaining(self, num_timesteps: int, total_timesteps: int) -> None:
-        super()._update_current_progress_remaining(num_timesteps, total_timesteps)
-        # The last rollout goes past the end, and no schedule should see less than 0: learning rates would turn negative
-        self._current_progress_remaining = max(self._current_progress_remaining, 0.0)
 
     def _prepare_update(self) -> None:
         """Set the learning rates, and see to it that the optimizers move the parameters wherever they lie now."""

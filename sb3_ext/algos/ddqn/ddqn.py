@@ -16,6 +16,7 @@ from sb3_ext.common.arguments import check_range
 from sb3_ext.common.denormals import without_denormals
 from sb3_ext.common.frame_replay_buffer import FrameReplayBuffer
 from sb3_ext.common.losses import huber_loss
+from sb3_ext.common.progress import ProgressMixin
 from sb3_ext.common.q_network import QNetwork
 from sb3_ext.common.replay_buffer import FastReplayBuffer, chosen_replay_buffer, split_batch
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
@@ -29,7 +30,7 @@ _NUMBERS_TOGETHER = 2**16
 _DRAW_INDEPENDENTLY = (FastReplayBuffer, FrameReplayBuffer, ReplayBuffer, NStepReplayBuffer, DictReplayBuffer)
 
 
-class DDQN(RewardNormalizationMixin, DQN):
+class DDQN(ProgressMixin, RewardNormalizationMixin, DQN):
     """
     Double Deep Q-Network (Double DQN): the online network chooses the next action, the target network values it.
 

@@ -29,6 +29,7 @@ from sb3_ext.common.denormals import without_denormals
 from sb3_ext.common.flat_parameters import backward
 from sb3_ext.common.losses import clipped_surrogate_loss, standardized
 from sb3_ext.common.observations import map_observations
+from sb3_ext.common.progress import ProgressMixin
 from sb3_ext.common.replay_buffer import default_replay_buffer_class
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
@@ -57,7 +58,7 @@ class Transitions(NamedTuple):
     ends: th.Tensor
 
 
-class OptionCritic(RewardNormalizationMixin):
+class OptionCritic(ProgressMixin, RewardNormalizationMixin):
     """
     Option-Critic: learns the policies of options and when they end, together with their values.
 

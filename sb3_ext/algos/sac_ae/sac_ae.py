@@ -22,13 +22,14 @@ from sb3_ext.common.conv_features import channels_last
 from sb3_ext.common.denormals import without_denormals
 from sb3_ext.common.frame_replay_buffer import FrameReplayBuffer
 from sb3_ext.common.malloc import keep_freed_memory
+from sb3_ext.common.progress import ProgressMixin
 from sb3_ext.common.replay_buffer import chosen_replay_buffer
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
 SelfSACAE = TypeVar("SelfSACAE", bound="SACAE")
 
 
-class SACAE(RewardNormalizationMixin, SAC):
+class SACAE(ProgressMixin, RewardNormalizationMixin, SAC):
     """
     Soft Actor-Critic with a regularized autoencoder (SAC-AE): control from pixels.
 

@@ -22,13 +22,14 @@ from sb3_ext.algos.sac_discrete.policies import (
 from sb3_ext.common.adam import SingleTensorAdam
 from sb3_ext.common.arguments import check_range
 from sb3_ext.common.denormals import without_denormals
+from sb3_ext.common.progress import ProgressMixin
 from sb3_ext.common.replay_buffer import chosen_replay_buffer
 from sb3_ext.common.reward_normalization import RewardNormalizationMixin
 
 SelfSACDiscrete = TypeVar("SelfSACDiscrete", bound="SACDiscrete")
 
 
-class SACDiscrete(RewardNormalizationMixin):
+class SACDiscrete(ProgressMixin, RewardNormalizationMixin):
     """
     Soft Actor-Critic for discrete actions (SAC-Discrete): expectations over the actions are sums, not samples.
 

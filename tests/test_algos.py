@@ -222,15 +222,20 @@ def test_log_has_the_documented_keys(case, tmp_path):
 
 @each_case
 def test_schedules_end_at_zero_though_the_last_rollout_goes_further(case):
-    seen = []
+    n_steps, seen = 6 * N_STEPS, []
 
     def schedule(progress_remaining):
         seen.append(progress_remaining)
         return 1e-3 * progress_remaining
 
-    case.make(DummyVecEnv([case.env] * 5), learning_rate=schedule).learn(N_STEPS)
+    case.make(DummyVecEnv([case.env] * 5), learning_rate=schedule).learn(n_steps)
+    first, *between, last = np.unique(seen)[::-1]
+    assert first == 1.0
+    n_envs = 1 if case.is_offline else 5
+    n_done = n_steps * (1.0 - np.array(between)) / n_envs
+    assert between and n_done == pytest.approx(n_done.round())
     # The last update of a data set comes before the end
-    assert min(seen) == (pytest.approx(1 / N_STEPS) if case.is_offline else 0.0)
+    assert last == (pytest.approx(1 / n_steps) if case.is_offline else 0.0)
 
 
 @each_case

@@ -219,8 +219,8 @@ def dueling_ddqn(case: Case) -> list[Product]:
     """Wang et al. 2016: the online network in both states, the target network in the next one; streams share a layer."""
     n, (*inner, n_actions) = case.batch_size, _head(case)
     convolutions, gradients = _convolutions(case)
-    # On images, each stream has the 512 units of the network without streams
-    width = 2 * inner[-1] if case.image else inner[-1]
+    # By default each stream has the 512 units, on images, of the network without streams
+    (width,) = case.ours.get("policy_kwargs", {}).get("net_arch", [2 * inner[-1]]) if case.image else inner[-1:]
     trunk, streams = (*inner[:-1], width), [(width // 2, 1), (width // 2, n_actions)]
     network = convolutions + forward(n, *trunk) + [product for stream in streams for product in forward(n, *stream)]
     backwards = [product for stream in streams for product in backward(n, *stream, inputs=True)]
@@ -276,6 +276,10 @@ CASES = [
     Case(
         "dueling-ddqn-pixels-b32", "dueling_ddqn", (4, 84, 84), 6, True, 32, dueling_ddqn, ("sb3",),
         n_transitions=2_000, learning_rate=1e-4, off_policy=True,
+    ),
+    Case(  # With the units of the network without streams
+        "dueling-ddqn-pixels-512-b32", "dueling_ddqn", (4, 84, 84), 6, True, 32, dueling_ddqn, ("sb3",),
+        ours={"policy_kwargs": {"net_arch": [512]}}, n_transitions=2_000, learning_rate=1e-4, off_policy=True,
     ),
     Case(
         "sac-discrete-b256", "sac_discrete", (8,), 4, True, 256, sac_discrete, ("tianshou", "d3rlpy", "torchrl"),

@@ -26,16 +26,16 @@ class StableBaselines:
 
         th.set_num_threads(spec["threads"])
         env, algo = spaces_env(spec), algo or spec["algo"]
+        settings = {"policy_kwargs": {} if spec["image"] else {"net_arch": [256, 256]}}
         # The buffer is replaced by a full one
         self.model: Any = ALGOS[algo](
             policy="CnnPolicy" if spec["image"] else "MlpPolicy",
             env=env,
             learning_rate=spec["learning_rate"],
             buffer_size=1,
-            policy_kwargs={} if spec["image"] else {"net_arch": [256, 256]},
             seed=spec["seed"],
             device="cpu",
-            **(spec["ours"] if algo == spec["algo"] else {}),
+            **{**settings, **(spec["ours"] if algo == spec["algo"] else {})},
         )
         self.model.set_logger(configure(None, []))
         buffer_class, space = type(self.model.replay_buffer), self.model.observation_space

@@ -177,6 +177,10 @@ def test_operations_of_one_update():
     counted = {case.name: cases.gflop(case.products(case)) for case in cases.CASES}
     assert counted["bcq-continuous-b100"] == pytest.approx(3.07, rel=0.01)
     assert counted["bcq-pixels-b32"] == pytest.approx(3.3, rel=0.05)
+    # 7.74 million products in the convolutions of one image, 12.2 in their gradients, 1.61 in 512 units behind them
+    millions = 3 * (7.74 + 1.61) + 12.2 + 2 * 1.61
+    assert counted["dueling-ddqn-pixels-512-b32"] == pytest.approx(2 * 32 * millions * 1e-3, rel=0.01)
+    assert counted["dueling-ddqn-pixels-b32"] == pytest.approx(2 * 32 * (millions + 5 * 1.61) * 1e-3, rel=0.01)
     # Yarats et al.: about 12 passes of 11.3 through the encoder; ours saves the actor's convolutions
     assert counted["sac-ae-b128"] == pytest.approx(11 * 11.3, rel=0.05)
 

@@ -29,6 +29,10 @@ class ConvFeatures(NatureCNN):
         super().__init__(observation_space, features_dim=1, normalized_image=normalized_image)
         self._features_dim = cast(nn.Linear, self.linear[0]).in_features
         del self.linear
+        for module in self.cnn:
+            if isinstance(module, nn.ReLU):
+                # Nothing but the gradient of the activation itself needs what the convolutions return
+                module.inplace = True
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
         return self.cnn(observations.contiguous(memory_format=th.channels_last))

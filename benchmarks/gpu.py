@@ -3,6 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,32 @@ from benchmarks.workers import spaces_env
 from sb3_ext import SACAE
 
 CASE = cases.by_name("sac-ae-b128")
+
+
+@dataclass(frozen=True)
+class Way:
+    """
+    How updates are launched, and what PyTorch may do for speed.
+
+    :param graph: As one CUDA graph of two updates
+    :param searches: cuDNN takes the fastest convolutions that it finds. With a seed SB3 forbids that, since some of them add
+        in an order that differs from run to run.
+    :param tf32: Products of matrices are in TF32, as those of convolutions always are
+    """
+
+    graph: bool = True
+    searches: bool = False
+    tf32: bool = False
+
+    def choose(self) -> None:
+        """Set PyTorch's switches, which hold for all that is launched or captured after it."""
+        th.backends.cudnn.benchmark = self.searches
+        th.backends.cudnn.deterministic = not self.searches
+        th.backends.cuda.matmul.allow_tf32 = self.tf32
+
+
+# The first two as SB3 leaves the switches
+WAYS = {"eager": Way(graph=False), "graph": Way(), "searched": Way(searches=True), "tf32": Way(searches=True, tf32=True)}
 
 
 def make_model(device: str, **policy_kwargs: Any) -> tuple[SACAE, Any]:
@@ -64,6 +91,17 @@ def capture(model: SACAE, batch: Any) -> Callable[[], None]:
     return graph.replay
 
 
+def launcher(way: Way, model: SACAE, batch: Any) -> Callable[[], None]:
+    """
+    :param way: Of launching the updates
+    :param model: On a GPU
+    :param batch: On a GPU
+    :return: Does two updates. A graph does not keep alive what it works on.
+    """
+    way.choose()
+    return capture(model, batch) if way.graph else lambda: two_updates(model, batch)
+
+
 def rate(double_update: Callable[[], None], n: int) -> float:
     """
     :param double_update: Does two updates
@@ -86,21 +124,27 @@ def measure(n: int, rounds: int) -> Row | None:
     """
     if not th.cuda.is_available():
         return None
-    eager_model, eager_batch = make_model("cuda")
-    graph_model, graph_batch = make_model("cuda")
-    ways = {"eager": lambda: two_updates(eager_model, eager_batch), "graph": capture(graph_model, graph_batch)}
-    rates: dict[str, list[float]] = {name: [] for name in ways}
-    for way in ways.values():
-        rate(way, 10)
+    models: dict[str, tuple[SACAE, Any]] = {}
+    doubles: dict[str, Callable[[], None]] = {}
+    peak = 0
+    for name, way in WAYS.items():
+        models[name] = make_model("cuda")
+        doubles[name] = launcher(way, *models[name])
+        rate(doubles[name], 10)
+        if name == "graph":
+            peak = th.cuda.max_memory_allocated()
+    rates: dict[str, list[float]] = {name: [] for name in WAYS}
     for _ in range(rounds):
-        for name, way in ways.items():
-            rates[name].append(rate(way, n))
+        for name, way in WAYS.items():
+            way.choose()
+            rates[name].append(rate(doubles[name], n))
     return {
         "kind": "gpu",
         "case": CASE.name,
         "gpu": th.cuda.get_device_name(),
         "updates_per_s": {name: results.rounded(of_way) for name, of_way in rates.items()},
-        "peak_bytes": th.cuda.max_memory_allocated(),
+        # Of the first two
+        "peak_bytes": peak,
         "command": results.own_command(),
         **results.stamp(),
     }
@@ -108,5 +152,5 @@ def measure(n: int, rounds: int) -> Row | None:
 
 def summary(row: Row) -> str:
     """:return: one line about a row of ``measure``"""
-    eager, graph = (statistics.median(row["updates_per_s"][name]) for name in ("eager", "graph"))
-    return f"{row['gpu']}: {eager:.0f} updates/s, {graph:.0f} as a CUDA graph ({graph / eager:.2f} x)"
+    medians = {name: statistics.median(rates) for name, rates in row["updates_per_s"].items()}
+    return f"{row['gpu']}, updates/s: " + ", ".join(f"{name} {median:.0f}" for name, median in medians.items())

@@ -1,1 +1,1 @@
-"""Definitions and results of the Optuna studies that the yml values come from. Installed as ``sb3_ext.optuna_studies``."""
+"""Place of the definitions and results of Optuna studies. Installed as ``sb3_ext.optuna_studies``; there are none yet."""

@@ -570,10 +570,13 @@ def test_report_of_gpus(tmp_path: Path):
     path = tmp_path / "page.jsonl"
     for name, rates in (("A", [1.0]), ("B", [60.0, 50.0, 40.0]), ("A", [30.0, 20.0, 10.0])):
         updates = {"eager": rates, "graph": [2 * rate for rate in rates]}
+        if name == "B":
+            updates |= {"searched": [3 * rate for rate in rates], "tf32": [4 * rate for rate in rates]}
         row = {"kind": "gpu", "case": "c", "gpu": name, "updates_per_s": updates, "peak_bytes": 5_000_000}
         results.append(path, {**row, "command": "python -m benchmarks gpu", **results.stamp()})
     page = write(path, tmp_path / "docs").read_text()
-    assert "| c | A | 20 | 40 (**2.00 x**) | 5 |\n| c | B | 50 | 100 (**2.00 x**) | 5 |\n\n" in page
+    assert "| c | A | 20 | 40 (**2.00 x**) |  |  | 5 |\n" in page
+    assert "| c | B | 50 | 100 (**2.00 x**) | 150 (**3.00 x**) | 200 (**4.00 x**) | 5 |\n\n" in page
 
 
 def test_gpu_is_not_needed(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture):
@@ -586,6 +589,19 @@ def test_updates_that_are_timed_on_a_gpu():
     model, batch = gpu.make_model("cpu", net_arch=[4], features_extractor_kwargs={"n_filters": 1, "features_dim": 2})
     gpu.two_updates(model, batch)
     assert model._n_updates == 2
+
+
+def test_ways_of_launching_updates(monkeypatch: pytest.MonkeyPatch):
+    cudnn, products = th.backends.cudnn, th.backends.cuda.matmul
+    switches = [(cudnn, "benchmark"), (cudnn, "deterministic"), (products, "allow_tf32")]
+    for module, name in switches:
+        monkeypatch.setattr(module, name, getattr(module, name))
+    seen = {}
+    for name, way in gpu.WAYS.items():
+        way.choose()
+        seen[name] = tuple(getattr(module, name) for module, name in switches)
+    as_sb3 = (False, True, False)
+    assert seen == {"eager": as_sb3, "graph": as_sb3, "searched": (True, False, False), "tf32": (True, False, True)}
 
 
 @pytest.mark.parametrize(

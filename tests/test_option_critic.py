@@ -12,6 +12,7 @@ from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.her import HerReplayBuffer
@@ -143,6 +144,14 @@ def test_target_is_the_value_of_state_option_and_action():
     _, of_actions = exact_values()
     target = target_of(model, rollout)
     np.testing.assert_allclose(target.squeeze(1).numpy(), [of_actions[row] for row in rows], rtol=1e-4)
+
+
+def test_loss_of_the_values_by_hand():
+    model = exact_tables()
+    values, _ = exact_values()
+    options, targets = th.tensor([[1], [0]]), th.tensor([[values[0, 1] + 1.0], [values[2, 0] - 3.0]])
+    loss = model._critic_loss(th.eye(3)[[0, 2]], options, targets)
+    assert loss.item() == pytest.approx((0.5 * 1.0 + 0.5 * 9.0) / 2, rel=1e-4)
 
 
 def test_intra_option_gradient():
@@ -336,6 +345,49 @@ def test_target_network_gives_the_target():
         ends = model.policy.terminations(model.policy.critic.hidden(obs))
         expected = 1 + 0.9 * ((1 - ends) * th.tensor([[2.0, 3.0]]) + ends * 3.0)
         th.testing.assert_close(model.policy.critic(obs), expected, rtol=0.02, atol=0.02)
+
+
+class Normalized(FlattenExtractor):
+    """With statistics of what it has seen."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.norm = th.nn.BatchNorm1d(self.features_dim)
+
+    def forward(self, observations):
+        return self.norm(super().forward(observations))
+
+
+def test_the_target_network_follows_the_steps_of_all_environments():
+    policy_kwargs = {"net_arch": [], "features_extractor_class": Normalized}
+    env = make_vec_env("CartPole-v1", n_envs=3)
+    model = OptionCritic("MlpPolicy", env, tau=0.5, target_update_interval=12, policy_kwargs=policy_kwargs, device="cpu")
+    model.set_logger(configure(None, []))
+    critic, target = model.policy.critic, model.policy.critic_target
+    for network, value in ((critic, 4.0), (target, 2.0)):
+        network.values[-1].bias.data.fill_(value)
+        network.features_extractor.norm.running_mean.fill_(value)
+    followed = []
+    # Each call is a step of all three
+    for _ in range(8):
+        model._on_step()
+        followed.append((target.values[-1].bias[0].item(), target.features_extractor.norm.running_mean[0].item()))
+    # Statistics are not averaged
+    assert followed == [(2.0, 2.0)] * 3 + [(3.0, 4.0)] * 4 + [(3.5, 4.0)]
+
+
+def test_gradients_are_clipped_in_every_part():
+    policy_kwargs = {"net_arch": [8], "optimizer_class": th.optim.SGD}
+    model = cartpole(policy_kwargs=policy_kwargs, learning_rate=1.0, max_grad_norm=1e-4, train_freq=8, gradient_steps=3)
+    flat = {name: getattr(model.policy, f"flat_{name}").tensor for name in ("critic", "actor", "termination")}
+    before = {name: tensor.clone() for name, tensor in flat.items()}
+    model.learning_starts = 0
+    model.learn(8)
+    # The values have three steps, with gradients of about the same direction, the others one
+    distances = {name: (tensor - before[name]).norm().item() for name, tensor in flat.items()}
+    assert distances["actor"] == pytest.approx(1e-4, rel=0.01)
+    assert distances["termination"] == pytest.approx(1e-4, rel=0.01)
+    assert 1e-4 < distances["critic"] < 3.03e-4
 
 
 class Lasts(gym.Env):
@@ -666,6 +718,11 @@ def test_collapsed_options_are_reported(always_chosen, message):
     model._statistics = statistics
     with pytest.warns(UserWarning, match="have collapsed"):
         model.num_timesteps = 5000
+        model.dump_logs()
+    # At random actions nothing has been learned that could collapse
+    model.learning_starts = 5000
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
         model.dump_logs()
 
 

@@ -13,6 +13,7 @@ from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_ext import SACDiscrete
@@ -108,6 +109,34 @@ def test_entropy_and_its_coefficient_by_hand():
     assert loss.item() == pytest.approx(-2.0 * gradient.item())
 
 
+@pytest.mark.parametrize(("ent_coef", "value"), [("auto", 1.0), ("auto_0.3", 0.3), (0.2, 0.2)])
+def test_entropy_coefficients_begin_as_asked(ent_coef, value):
+    assert cartpole(ent_coef=ent_coef)._update(batch())["ent_coef"].item() == pytest.approx(value)
+
+
+class Normalized(FlattenExtractor):
+    """With statistics of what it has seen."""
+
+    def __init__(self, observation_space):
+        super().__init__(observation_space)
+        self.norm = th.nn.BatchNorm1d(self.features_dim)
+
+    def forward(self, observations):
+        return self.norm(super().forward(observations))
+
+
+def test_target_critics_have_the_statistics_of_the_critics():
+    policy_kwargs = {"net_arch": [4], "features_extractor_class": Normalized}
+    model = cartpole(policy_kwargs=policy_kwargs, tau=0.1, target_update_interval=2)
+    critic, target = model.critic.features_extractor.norm, model.critic_target.features_extractor.norm
+    model._update(batch())
+    assert not th.equal(critic.running_mean, target.running_mean)
+    model._update(batch())
+    assert critic.running_mean.abs().sum() > 0.01
+    th.testing.assert_close(critic.running_mean, target.running_mean, rtol=0, atol=0)
+    th.testing.assert_close(critic.running_var, target.running_var, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("n_actions", [2, 18])
 def test_rare_actions_stay_finite(n_actions):
     log_probs = th.full((1, n_actions), 0.0)
@@ -166,6 +195,7 @@ def test_update_against_float64(ent_coef, net_arch):
     th.testing.assert_close(log["critic_loss"].double(), critic_loss.detach(), rtol=1e-5, atol=1e-6)
     th.testing.assert_close(log["actor_loss"].double(), actor_loss.detach(), rtol=1e-5, atol=1e-6)
     assert log["entropy"].item() == pytest.approx(entropy, rel=1e-5)
+    assert log["q_value"].item() == pytest.approx(values_of(before.critic, obs).amin(0).mean().item(), rel=1e-5)
     for name, expected in before.state_dict().items():
         th.testing.assert_close(model.policy.state_dict()[name].double(), expected, rtol=1e-4, atol=1e-5)
     if ent_coef == "auto_0.5":

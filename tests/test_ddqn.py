@@ -303,8 +303,10 @@ def test_streams_of_images_are_as_in_the_paper():
     }
 
 
+# With SiLU by automatic differentiation
+@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.SiLU])
 @pytest.mark.parametrize("policy", ["MlpPolicy", "CnnPolicy"])
-def test_gradient_into_the_shared_layers_is_rescaled(policy):
+def test_gradient_into_the_shared_layers_is_rescaled(policy, activation_fn):
     images = policy == "CnnPolicy"
     env = FakeImageEnv(screen_height=36, screen_width=36, n_channels=1, discrete=True) if images else gym.make("CartPole-v1")
     th.manual_seed(0)
@@ -312,7 +314,12 @@ def test_gradient_into_the_shared_layers_is_rescaled(policy):
     zeros = th.zeros(4, 1)
     steps = {}
     for rescale in (True, False):
-        policy_kwargs = {"net_arch": [9, 8], "optimizer_class": th.optim.SGD, "rescale_shared_gradient": rescale}
+        policy_kwargs = {
+            "net_arch": [9, 8],
+            "activation_fn": activation_fn,
+            "optimizer_class": th.optim.SGD,
+            "rescale_shared_gradient": rescale,
+        }
         model = DuelingDDQN(policy, env, learning_rate=0.1, buffer_size=20, policy_kwargs=policy_kwargs, seed=0, device="cpu")
         assert model.policy._get_constructor_parameters()["rescale_shared_gradient"] is rescale
         before = copy.deepcopy(model.q_net.state_dict())

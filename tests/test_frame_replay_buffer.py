@@ -15,8 +15,9 @@ from sb3_contrib import QRDQN
 from stable_baselines3 import DQN
 from stable_baselines3.common.buffers import NStepReplayBuffer, ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecTransposeImage
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize, VecTransposeImage
 
 from sb3_ext import DDQN, DuelingDDQN, FrameReplayBuffer
 
@@ -122,15 +123,17 @@ def test_same_contents_as_a_plain_buffer(seed, n_rows, n_steps_taken, n_envs, n_
 def test_same_draws_as_a_plain_buffer(n_steps):
     stream = Stream(np.random.default_rng(0), 2, 4, 1, 60, "black")
     ours, plain = both_buffers(100, 2, 4, 1, n_steps)
+    normalizing = VecNormalize(make_vec_env("CartPole-v1"), norm_obs=False, gamma=0.9)
+    normalizing.ret_rms.var = np.array(4.0)
     for step in range(150):
         transition = stream.step()
         ours.add(*transition)
         plain.add(*transition)
-        if step in (20, 149):
+        for env in (None, normalizing) if step in (20, 149) else ():
             batches = []
             for buffer in (ours, plain):
                 np.random.seed(1)
-                batches.append(buffer.sample(32))
+                batches.append(buffer.sample(32, env=env))
             for value, expected in zip(*batches, strict=True):
                 assert value is expected is None or th.equal(value, expected)
 

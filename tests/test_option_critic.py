@@ -10,6 +10,7 @@ import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.torch_layers import FlattenExtractor
@@ -457,6 +458,14 @@ def test_networks_in_numpy(policy_kwargs, env):
     assert model.policy.outputs_in_numpy(100_000) is None
     other = OptionCritic("MlpPolicy", env, buffer_size=10, policy_kwargs={"activation_fn": th.nn.ELU}, device="cpu")
     assert other.policy.outputs_in_numpy(1) is None
+
+
+def test_images_are_not_computed_in_numpy():
+    # Which knows nothing of the division by 255
+    env = FakeImageEnv(screen_height=36, screen_width=36, n_channels=1, discrete=True)
+    model = OptionCritic("MlpPolicy", env, buffer_size=10, policy_kwargs={"net_arch": [4]}, device="cpu")
+    assert model.policy.outputs_in_numpy(1) is None
+    assert cartpole().policy.outputs_in_numpy(1) is not None
 
 
 def test_separate_networks_stay_apart_and_are_saved(tmp_path):

@@ -591,15 +591,18 @@ def test_updates_that_are_timed_on_a_gpu():
     assert model._n_updates == 2
 
 
-def test_ways_of_launching_updates(monkeypatch: pytest.MonkeyPatch):
+def test_ways_of_launching_updates():
+    def switches() -> tuple[bool, bool, bool]:
+        return cudnn.benchmark, cudnn.deterministic, products.allow_tf32
+
     cudnn, products = th.backends.cudnn, th.backends.cuda.matmul
-    switches = [(cudnn, "benchmark"), (cudnn, "deterministic"), (products, "allow_tf32")]
-    for module, name in switches:
-        monkeypatch.setattr(module, name, getattr(module, name))
-    seen = {}
-    for name, way in gpu.WAYS.items():
-        way.choose()
-        seen[name] = tuple(getattr(module, name) for module, name in switches)
+    before, seen = switches(), {}
+    try:
+        for name, way in gpu.WAYS.items():
+            way.choose()
+            seen[name] = switches()
+    finally:
+        cudnn.benchmark, cudnn.deterministic, products.allow_tf32 = before
     as_sb3 = (False, True, False)
     assert seen == {"eager": as_sb3, "graph": as_sb3, "searched": (True, False, False), "tf32": (True, False, True)}
 

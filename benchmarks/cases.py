@@ -219,8 +219,9 @@ def dueling_ddqn(case: Case) -> list[Product]:
     """Wang et al. 2016: the online network in both states, the target network in the next one; streams share a layer."""
     n, (*inner, n_actions) = case.batch_size, _head(case)
     convolutions, gradients = _convolutions(case)
-    # By default each stream has the 512 units, on images, of the network without streams
-    (width,) = case.ours.get("policy_kwargs", {}).get("net_arch", [2 * inner[-1]]) if case.image else inner[-1:]
+    # By default, on images, each stream has the 512 units of the network without streams
+    last = [2 * inner[-1]] if case.image else inner[-1:]
+    (width,) = case.ours.get("policy_kwargs", {}).get("net_arch", last)
     trunk, streams = (*inner[:-1], width), [(width // 2, 1), (width // 2, n_actions)]
     network = convolutions + forward(n, *trunk) + [product for stream in streams for product in forward(n, *stream)]
     backwards = [product for stream in streams for product in backward(n, *stream, inputs=True)]

@@ -25,7 +25,7 @@ class Way:
     :param graph: As one CUDA graph of two updates
     :param searches: cuDNN takes the fastest convolutions that it finds. With a seed SB3 forbids that, since some of them add
         in an order that differs from run to run.
-    :param tf32: Products of matrices are in TF32, as those of convolutions always are
+    :param tf32: Products of matrices are in TF32, as those of convolutions are by default
     """
 
     graph: bool = True

@@ -386,23 +386,23 @@ def frames_section(rows: list[Row]) -> str:
 
 def gpu_section(rows: list[Row]) -> str:
     """:return: table of the latest measurement on each GPU"""
+    ways = {"graph": "CUDA graph", "searched": "fastest convolutions", "tf32": "TF32 products, too"}
     latest = [group[-1] for group in grouped(rows, "case", "gpu").values()]
     lines = []
     for row in latest:
         rates = row["updates_per_s"]
         line = [row["case"], row["gpu"], f"{statistics.median(rates['eager']):.0f}"]
-        for way in ("graph", "searched", "tf32"):
+        for way in ways:
             ratio = f"{paired_ratio(rates[way], rates['eager']):.2f}" if way in rates else ""
             line.append(ratio and f"{statistics.median(rates[way]):.0f} (**{ratio} x**)")
         lines.append([*line, f"{row['peak_bytes'] / 1e6:.0f}"])
-    columns = ["case", "GPU", "eager", "CUDA graph", "fastest convolutions", "TF32 products, too", "peak MB"]
     return "\n\n".join(
         [
             "### Speed on a GPU",
             "Updates per second, launched kernel by kernel and as a CUDA graph, both with the deterministic convolutions that "
             "SB3 sets with a seed; as a graph with the fastest ones that cuDNN finds, and with products of matrices in TF32, "
             "too. The highest sum of tensors on the GPU is that of the first two models together.",
-            table(columns, lines),
+            table(["case", "GPU", "eager", *ways.values(), "peak MB"], lines),
             provenance(latest, "command"),
         ]
     )

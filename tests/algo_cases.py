@@ -11,18 +11,32 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch as th
 from gymnasium import spaces
 from gymnasium.wrappers import TimeLimit
 from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import DictReplayBuffer, ReplayBuffer
 from stable_baselines3.common.envs import FakeImageEnv, IdentityEnv, IdentityEnvBox, SimpleMultiObsEnv
 from stable_baselines3.common.off_policy_algorithm import OffPolicyAlgorithm
+from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.vec_env import VecEnv
+from torch import nn
 
 from sb3_ext import BCQ, DDQN, NPG, REINFORCE, SACAE, TRPO, VPG, DuelingDDQN, OptionCritic, SACDiscrete
 from sb3_ext.common.offline_algorithm import OfflineAlgorithm
 
 DEVICE = os.environ.get("SB3_EXT_TEST_DEVICE", "cpu")
+
+
+class Normalized(FlattenExtractor):
+    """With statistics of what it has seen, and a layer that nothing uses."""
+
+    def __init__(self, observation_space: spaces.Space) -> None:
+        super().__init__(observation_space)
+        self.norm, self.unused = nn.BatchNorm1d(self.features_dim), nn.Linear(4, 4)
+
+    def forward(self, observations: th.Tensor) -> th.Tensor:
+        return self.norm(super().forward(observations))
 
 
 @dataclass(frozen=True)

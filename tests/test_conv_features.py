@@ -50,6 +50,17 @@ def test_images_of_both_layouts_and_types(channels, dtype):
         assert given.equal(kept)
 
 
+def test_hooks_see_what_the_convolutions_return():
+    features, images, seen = ConvFeatures(SPACE), th.rand(2, 4, 40, 40), []
+    expected = features(images)
+    features.cnn[0].register_forward_hook(lambda _, inputs, output: seen.append(output))
+    features.cnn[0].register_full_backward_hook(lambda _, inputs, outputs: seen.append(outputs[0]))
+    features(images).sum().backward()
+    th.testing.assert_close(features(images), expected, rtol=0, atol=0)
+    output, gradient, *_ = seen
+    assert output.min() < 0.0 and gradient.shape == output.shape and gradient.abs().sum() > 0.0
+
+
 def test_gradients_with_respect_to_images():
     policy = DDQN.policy_aliases["CnnPolicy"](SPACE, spaces.Discrete(3), lambda _: 1e-3)
     images = th.rand(2, 4, 40, 40).mul_(255).requires_grad_()

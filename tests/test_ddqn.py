@@ -8,6 +8,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from algo_cases import Normalized
 from gymnasium import spaces
 from stable_baselines3 import DQN, HerReplayBuffer
 from stable_baselines3.common.buffers import ReplayBuffer
@@ -150,17 +151,6 @@ def test_update_against_float64(algo, net_arch, max_grad_norm):
     th.testing.assert_close(update(model, data).double(), loss.detach(), rtol=1e-5, atol=1e-6)
     for after, before, gradient in zip(model.q_net.parameters(), parameters, gradients, strict=True):
         th.testing.assert_close(after.double(), before - 0.1 * scale * gradient, rtol=1e-4, atol=1e-5)
-
-
-class Normalized(FlattenExtractor):
-    """With statistics of what it has seen, and a layer that nothing uses."""
-
-    def __init__(self, observation_space):
-        super().__init__(observation_space)
-        self.norm, self.unused = nn.BatchNorm1d(4), nn.Linear(4, 4)
-
-    def forward(self, observations):
-        return self.norm(super().forward(observations))
 
 
 @pytest.mark.parametrize("frozen", ["", "q_net.0", "features_extractor"])

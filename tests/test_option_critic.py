@@ -7,13 +7,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from algo_cases import Normalized
 from gymnasium import spaces
 from stable_baselines3.common.buffers import NStepReplayBuffer
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.logger import configure
-from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.utils import LinearSchedule
 from stable_baselines3.common.vec_env import DummyVecEnv
 from stable_baselines3.her import HerReplayBuffer
@@ -348,17 +348,6 @@ def test_target_network_gives_the_target():
         th.testing.assert_close(model.policy.critic(obs), expected, rtol=0.02, atol=0.02)
 
 
-class Normalized(FlattenExtractor):
-    """With statistics of what it has seen."""
-
-    def __init__(self, observation_space):
-        super().__init__(observation_space)
-        self.norm = th.nn.BatchNorm1d(self.features_dim)
-
-    def forward(self, observations):
-        return self.norm(super().forward(observations))
-
-
 def test_the_target_network_follows_the_steps_of_all_environments():
     policy_kwargs = {"net_arch": [], "features_extractor_class": Normalized}
     env = make_vec_env("CartPole-v1", n_envs=3)
@@ -379,10 +368,11 @@ def test_the_target_network_follows_the_steps_of_all_environments():
 
 def test_gradients_are_clipped_in_every_part():
     policy_kwargs = {"net_arch": [8], "optimizer_class": th.optim.SGD}
-    model = cartpole(policy_kwargs=policy_kwargs, learning_rate=1.0, max_grad_norm=1e-4, train_freq=8, gradient_steps=3)
+    model = cartpole(
+        policy_kwargs=policy_kwargs, learning_rate=1.0, max_grad_norm=1e-4, train_freq=8, gradient_steps=3, learning_starts=0
+    )
     flat = {name: getattr(model.policy, f"flat_{name}").tensor for name in ("critic", "actor", "termination")}
     before = {name: tensor.clone() for name, tensor in flat.items()}
-    model.learning_starts = 0
     model.learn(8)
     # The values have three steps, with gradients of about the same direction, the others one
     distances = {name: (tensor - before[name]).norm().item() for name, tensor in flat.items()}

@@ -9,11 +9,11 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch as th
+from algo_cases import Normalized
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
 from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.torch_layers import FlattenExtractor
 from stable_baselines3.common.type_aliases import ReplayBufferSamples
 
 from sb3_ext import SACDiscrete
@@ -112,17 +112,6 @@ def test_entropy_and_its_coefficient_by_hand():
 @pytest.mark.parametrize(("ent_coef", "value"), [("auto", 1.0), ("auto_0.3", 0.3), (0.2, 0.2)])
 def test_entropy_coefficients_begin_as_asked(ent_coef, value):
     assert cartpole(ent_coef=ent_coef)._update(batch())["ent_coef"].item() == pytest.approx(value)
-
-
-class Normalized(FlattenExtractor):
-    """With statistics of what it has seen."""
-
-    def __init__(self, observation_space):
-        super().__init__(observation_space)
-        self.norm = th.nn.BatchNorm1d(self.features_dim)
-
-    def forward(self, observations):
-        return self.norm(super().forward(observations))
 
 
 def test_target_critics_have_the_statistics_of_the_critics():

@@ -12,6 +12,9 @@ from stable_baselines3.common.preprocessing import is_image_space, preprocess_ob
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor, NatureCNN
 from stable_baselines3.common.type_aliases import PyTorchObs
 from torch import nn
+from torch.nn import functional as F
+
+from sb3_ext.common.mlp import has_hooks
 
 # Named tuples with the fields of SB3's ReplayBufferSamples
 Batch = TypeVar("Batch", bound=Any)
@@ -29,13 +32,15 @@ class ConvFeatures(NatureCNN):
         super().__init__(observation_space, features_dim=1, normalized_image=normalized_image)
         self._features_dim = cast(nn.Linear, self.linear[0]).in_features
         del self.linear
-        for module in self.cnn:
-            if isinstance(module, nn.ReLU):
-                # Nothing but the gradient of the activation itself needs what the convolutions return
-                module.inplace = True
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
-        return self.cnn(observations.contiguous(memory_format=th.channels_last))
+        outputs = observations.contiguous(memory_format=th.channels_last)
+        if has_hooks(*self.cnn.modules()):
+            return self.cnn(outputs)
+        for module in self.cnn:
+            # In place: nothing else needs what the convolutions return, not even their gradients
+            outputs = F.relu_(outputs) if isinstance(module, nn.ReLU) else module(outputs)
+        return outputs
 
 
 class MinAtarFeatures(BaseFeaturesExtractor):

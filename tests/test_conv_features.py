@@ -51,7 +51,7 @@ def test_images_of_both_layouts_and_types(channels, dtype):
 
 
 def test_hooks_see_what_the_convolutions_return():
-    features, images, seen = ConvFeatures(SPACE), th.rand(2, 4, 40, 40), []
+    features, images, seen = ConvFeatures(SPACE), th.rand(2, 4, 40, 40, requires_grad=True), []
     expected = features(images)
     features.cnn[0].register_forward_hook(lambda _, inputs, output: seen.append(output))
     features.cnn[0].register_full_backward_hook(lambda _, inputs, outputs: seen.append(outputs[0]))

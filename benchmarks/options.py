@@ -13,13 +13,14 @@ if TYPE_CHECKING:
 N_STEPS = 10_000
 
 
-def use_of_options(model: "OptionCritic", env: Any, n_steps: int = N_STEPS) -> Row:
+def use_of_options(model: "OptionCritic", env: Any, n_steps: int = N_STEPS, epsilon: float = 0.0) -> Row:
     """
-    Let the agent act as in training, with terminations and actions drawn, but without random options.
+    Let the agent act as in training, with terminations and actions drawn.
 
     :param model: Trained
     :param env: Vectorized environment, seeded
     :param n_steps: Steps, summed over the environments
+    :param epsilon: Probability that an option is drawn at random where one is chosen
     :return: See :meth:`OptionStatistics.summary`
     """
     from stable_baselines3.common.utils import obs_as_tensor
@@ -31,7 +32,8 @@ def use_of_options(model: "OptionCritic", env: Any, n_steps: int = N_STEPS) -> R
     statistics = OptionStatistics(model.n_options, n_envs, n_episodes=n_steps, window=n_steps)
     obs, options, is_start = env.reset(), np.zeros(n_envs, np.int64), np.ones(n_envs, bool)
     for _ in range(n_steps // n_envs):
-        step = policy.decide(policy.outputs(obs_as_tensor(obs, model.device)), options, is_start, deterministic=False)
+        outputs = policy.outputs(obs_as_tensor(obs, model.device))
+        step = policy.decide(outputs, options, is_start, deterministic=False, epsilon=epsilon)
         options = step.options
         statistics.add(options, step.is_chosen, step.terminations, is_start)
         actions = policy.to_env(step.actions)

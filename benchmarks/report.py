@@ -105,18 +105,30 @@ def data_lines(rows: list[Row]) -> list[str]:
 
 def option_lines(curves: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     """:return: a table of how the agents use their options, of those that have any"""
-    lines = []
-    for (label,), rows in curves.items():
-        uses = [row["options"] for row in sorted(rows, key=lambda row: row["seed"]) if "options" in row]
-        columns = [[use[key] for use in uses] for key in ("usage_entropy", "duration")]
-        if uses:
-            means = [f"{statistics.mean(column):.2f} ({' '.join(f'{one:.2f}' for one in column)})" for column in columns]
-            lines.append([label, *means])
+    keys = {"usage_entropy": "entropy of usage", "usage_entropy_in_training": "as in training", "duration": "duration"}
+    uses = {
+        label: [row["options"] for row in sorted(rows, key=lambda row: row["seed"]) if "options" in row]
+        for (label,), rows in curves.items()
+    }
+    # Older rows lack one of them
+    keys = {key: name for key, name in keys.items() if any(key in use for of_label in uses.values() for use in of_label)}
+
+    def cell(values: list[float]) -> str:
+        return f"{statistics.mean(values):.2f} ({' '.join(f'{one:.2f}' for one in values)})" if values else ""
+
+    lines = [
+        [label, *(cell([use[key] for use in of_label if key in use]) for key in keys)]
+        for label, of_label in uses.items()
+        if of_label
+    ]
     introduction = (
         "What the agents do with their options, as means over the seeds (each seed): entropy of how often each is in force, "
-        "as a fraction of the largest one, and the steps until an option ends. Options act and end as drawn."
+        "as a fraction of the largest one, and the steps until an option ends. Options act and end as drawn, none at random"
     )
-    return [introduction, table(["", "entropy of usage", "duration"], lines)] if lines else []
+    in_training = (
+        ", but in the second column as often as at the end of training." if "usage_entropy_in_training" in keys else "."
+    )
+    return [introduction + in_training, table(["", *keys.values()], lines)] if lines else []
 
 
 def soft_value_lines(curves: dict[tuple[Any, ...], list[Row]]) -> list[str]:

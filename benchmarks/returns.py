@@ -161,7 +161,7 @@ def _zoo(run: Run) -> Row:
         seconds = time.perf_counter() - begin
         curve = np.load(log / "evaluations.npz")
         final = _evaluate(*trained_agent(run, log), run.n_episodes)
-        use = use_of_options(*trained_agent(run, log)) if run.algo == "option_critic" else None
+        use = _use_of_options(run, log) if run.algo == "option_critic" else None
         soft = _soft_values(run, log) if run.algo == "sac_discrete" else None
     dataset = run.hyperparameters().get("dataset")
     return {
@@ -175,6 +175,13 @@ def _zoo(run: Run) -> Row:
         "data": _description(run, dataset) if isinstance(dataset, str) else None,
         **results.stamp(),
     }
+
+
+def _use_of_options(run: Run, log: Path) -> Row:
+    model, env = trained_agent(run, log)
+    use = use_of_options(model, env)
+    with_random_options = use_of_options(*trained_agent(run, log), epsilon=model.exploration_rate)
+    return {**use, "usage_entropy_in_training": with_random_options["usage_entropy"]}
 
 
 def _soft_values(run: Run, log: Path) -> Row:

@@ -527,17 +527,26 @@ def test_use_of_options_is_that_of_the_drawn_ones():
     assert use["usage_entropy"] == 0.0 == use["switches_per_episode"]
     assert use["termination_probability"] == pytest.approx(0.2)
     assert use["duration"] == pytest.approx(5.0, rel=0.1)
+    # One of four options is then the other one
+    env = make_vec_env("Pendulum-v1", n_envs=2, seed=0)
+    quarter = -(0.25 * math.log(0.25) + 0.75 * math.log(0.75)) / math.log(2.0)
+    assert use_of_options(model, env, 8000, epsilon=0.5)["usage_entropy"] == pytest.approx(quarter, abs=0.03)
 
 
 def test_report_of_options(tmp_path: Path):
     pytest.importorskip("rliable")
     runs = [replace(RUN, seed=seed) for seed in (2, 1)]
     uses = [{"usage_entropy": entropy, "duration": duration} for entropy, duration in ((0.5, 2.0), (1.0, 6.0))]
-    rows = [{**returns_row(run), "options": use} for run, use in zip(runs, uses, strict=True)]
     path = tmp_path / "option_critic.jsonl"
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
-    text = write(path, tmp_path / "docs").read_text()
-    assert "| bcq | 0.75 (1.00 0.50) | 4.00 (6.00 2.00) |" in text
+    for in_training, expected in (
+        ({}, "0.75 (1.00 0.50)"),
+        ({"usage_entropy_in_training": 0.6}, "0.75 (1.00 0.50) | 0.60 (0.60 0.60)"),
+    ):
+        rows = [{**returns_row(run), "options": {**use, **in_training}} for run, use in zip(runs, uses, strict=True)]
+        path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+        text = write(path, tmp_path / "docs").read_text()
+        assert f"| bcq | {expected} | 4.00 (6.00 2.00) |" in text
+        assert ("as in training" in text) == bool(in_training)
 
 
 @pytest.mark.parametrize("env", ["MinAtar/Breakout-v1", "MinAtar/SpaceInvaders-v1"])

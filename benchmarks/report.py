@@ -125,10 +125,9 @@ def option_lines(curves: dict[tuple[Any, ...], list[Row]]) -> list[str]:
         "What the agents do with their options, as means over the seeds (each seed): entropy of how often each is in force, "
         "as a fraction of the largest one, and the steps until an option ends. Options act and end as drawn, none at random"
     )
-    in_training = (
-        ", but in the second column as often as at the end of training." if "usage_entropy_in_training" in keys else "."
-    )
-    return [introduction + in_training, table(["", *keys.values()], lines)] if lines else []
+    if "usage_entropy_in_training" in keys:
+        introduction += ", but in the second column, for seeds of which it is known, as often as at the end of training"
+    return [f"{introduction}.", table(["", *keys.values()], lines)] if lines else []
 
 
 def soft_value_lines(curves: dict[tuple[Any, ...], list[Row]]) -> list[str]:

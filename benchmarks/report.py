@@ -105,13 +105,13 @@ def data_lines(rows: list[Row]) -> list[str]:
 
 def option_lines(curves: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     """:return: a table of how the agents use their options, of those that have any"""
-    keys = {"usage_entropy": "entropy of usage", "usage_entropy_in_training": "as in training", "duration": "duration"}
     uses = {
         label: [row["options"] for row in sorted(rows, key=lambda row: row["seed"]) if "options" in row]
         for (label,), rows in curves.items()
     }
+    names = {"usage_entropy": "entropy of usage", "usage_entropy_in_training": "as in training", "duration": "duration"}
     # Older rows lack one of them
-    keys = {key: name for key, name in keys.items() if any(key in use for of_label in uses.values() for use in of_label)}
+    keys = [key for key in names if any(key in use for of_label in uses.values() for use in of_label)]
 
     def cell(values: list[float]) -> str:
         return f"{statistics.mean(values):.2f} ({' '.join(f'{one:.2f}' for one in values)})" if values else ""
@@ -127,7 +127,7 @@ def option_lines(curves: dict[tuple[Any, ...], list[Row]]) -> list[str]:
     )
     if "usage_entropy_in_training" in keys:
         introduction += ", but in the second column, for seeds of which it is known, as often as at the end of training"
-    return [f"{introduction}.", table(["", *keys.values()], lines)] if lines else []
+    return [f"{introduction}.", table(["", *(names[key] for key in keys)], lines)] if lines else []
 
 
 def soft_value_lines(curves: dict[tuple[Any, ...], list[Row]]) -> list[str]:

@@ -1,1 +1,1 @@
-"""Place of the definitions and results of Optuna studies. Installed as ``sb3_ext.optuna_studies``; there are none yet."""
+"""Results of the Optuna studies that hyperparameters come from, one journal each. Installed as ``sb3_ext.optuna_studies``."""

@@ -7,7 +7,6 @@ from typing import Any
 
 import optuna
 import pytest
-import torch as th
 import yaml
 from rl_zoo3.hyperparams_opt import HYPERPARAMS_CONVERTER
 from torch import nn
@@ -39,9 +38,9 @@ def test_hyperparameters_are_those_of_one_of_the_best_trials(path):
     register()
     algo, env, study = load(path)
     given = yaml.safe_load(files("sb3_ext.hyperparams").joinpath(f"{algo}.yml").read_text())[env]
-    given["policy_kwargs"] = eval(given["policy_kwargs"], {"dict": dict, "nn": nn, "th": th})
+    given["policy_kwargs"] = eval(given["policy_kwargs"], {"dict": dict, "nn": nn})
     complete = study.get_trials(states=[optuna.trial.TrialState.COMPLETE])
-    best = sorted(complete, key=lambda trial: trial.value or 0.0, reverse=True)[:5]
+    best = sorted(complete, key=lambda trial: trial.value, reverse=True)[:5]
     assert any(is_given(HYPERPARAMS_CONVERTER[algo](trial.params), given) for trial in best)
 
 

@@ -21,8 +21,9 @@ from torch import nn
 
 from sb3_ext import DDQN, DuelingDDQN, OptionCritic, SACDiscrete
 from sb3_ext.algos.ddqn import MlpPolicy
-from sb3_ext.algos.dueling_ddqn.policies import DuelingMLP
+from sb3_ext.algos.dueling_ddqn.policies import DuelingMLP, DuelingQNetwork
 from sb3_ext.common.evaluation import PerceptronEvaluation
+from sb3_ext.common.mlp import layers_as_numpy
 
 SMALL = {"learning_rate": 1e-3, "learning_starts": 32, "batch_size": 16, "buffer_size": 500, "target_update_interval": 20}
 
@@ -186,21 +187,59 @@ def test_batches_are_those_that_are_sampled_one_by_one():
         th.testing.assert_close(next_q_values, model.q_net_target(expected.next_observations))
 
 
+@pytest.mark.parametrize("net_arch", [[32, 15], [15]])
 @pytest.mark.parametrize("algo", [DDQN, DuelingDDQN])
-def test_a_few_observations_are_acted_on_in_numpy(algo):
-    policy_kwargs = {"net_arch": [32, 15], "activation_fn": nn.Tanh}
-    policy = cartpole(algo, policy_kwargs=policy_kwargs).policy
+def test_the_actions_of_largest_value_are_chosen_without_asking_for_values(algo, net_arch):
+    policy = cartpole(algo, policy_kwargs={"net_arch": net_arch, "activation_fn": nn.Tanh}).policy
     for parameter in policy.q_net.parameters():
         parameter.data.normal_()
+    obs = np.random.default_rng(0).normal(size=(10_000, 4)).astype(np.float32)
+    actions = policy.q_net(th.as_tensor(obs)).argmax(1).numpy()
+    assert 1000 < actions.sum() < 9000
+    if algo is DuelingDDQN:
+        policy.q_net.q_net.forward = None  # it is not asked
+        np.testing.assert_array_equal(policy.predict(obs)[0], actions)
+    policy.q_net.forward = None  # nor this, in numpy
+    few = obs[:200].reshape(20, 10, 4)
+    np.testing.assert_array_equal(np.concatenate([policy.predict(ten)[0] for ten in few]), actions[:200])
+    np.testing.assert_array_equal(policy.predict(few[0].astype(np.float64))[0], actions[:10])
+
+
+def test_advantages_are_those_of_their_stream():
+    net = DuelingMLP(2, 2, [2], nn.ReLU)
+    rows = [[1.0, -1.0], [2.0, 3.0]], [0.5, -4.0], [[7.0]], [9.0], [[2.0], [-3.0]], [0.0, 1.0]
+    for parameter, row in zip(net.parameters(), rows, strict=True):
+        parameter.data = th.tensor(row)
+    # The second unit of the hidden layer: 2 * 1 + 3 * 2 - 4 = 4
+    forward = layers_as_numpy(net.advantage_layers(), nn.ReLU)
+    np.testing.assert_array_equal(forward(np.array([[1.0, 2.0]], np.float32)), [[8.0, -11.0]])
+
+
+@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.SiLU])
+def test_actions_on_images_are_those_of_largest_value(activation_fn):
+    env = FakeImageEnv(screen_height=40, screen_width=40, n_channels=1, discrete=True)
+    env.action_space = spaces.Discrete(3, start=2)
+    model = DuelingDDQN("CnnPolicy", env, buffer_size=10, seed=0, device="cpu", policy_kwargs={"activation_fn": activation_fn})
+    images = np.random.default_rng(0).integers(0, 256, (600, 1, 40, 40), dtype=np.uint8)
+    # On average, all actions are as good
+    with th.no_grad():
+        model.q_net.q_net.advantage_net.bias -= model.q_net(th.as_tensor(images)).mean(dim=0)
+    expected = model.q_net(th.as_tensor(images)).argmax(1).numpy() + 2
+    assert len(np.unique(expected)) > 1
+    np.testing.assert_array_equal(model.predict(images, deterministic=True)[0], expected)
+
+
+def test_a_network_that_values_actions_otherwise_acts_by_these_values():
+    class Reversed(DuelingQNetwork):
+        def forward(self, obs):
+            return -super().forward(obs)
+
+    policy = cartpole(DuelingDDQN).policy
     obs = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
-    q_values = policy.q_net(th.as_tensor(obs))
-    np.testing.assert_allclose(policy.q_net.q_net.as_numpy()(obs), q_values.detach(), rtol=1e-4, atol=1e-4)
-    actions = q_values.argmax(1).numpy()
-    assert 20 < actions.sum() < 180
-    policy.q_net.forward = None  # it is not asked
-    for few in obs.reshape(20, 10, 4):
-        np.testing.assert_array_equal(policy.predict(few)[0], policy.predict(few.astype(np.float64))[0])
-    np.testing.assert_array_equal(np.concatenate([policy.predict(few)[0] for few in obs.reshape(20, 10, 4)]), actions)
+    expected = policy.q_net(th.as_tensor(obs)).argmin(1).numpy()
+    policy.q_net.__class__ = Reversed
+    np.testing.assert_array_equal(policy.predict(obs, deterministic=True)[0], expected)
+    np.testing.assert_array_equal(policy.predict(obs[:5], deterministic=True)[0], expected[:5])
 
 
 def test_what_is_not_acted_on_in_numpy():

@@ -168,24 +168,9 @@ class MLP(nn.Sequential):
 
     def as_numpy(self) -> Callable[[np.ndarray], np.ndarray]:
         """
-        For a handful of rows, where calling numpy costs less than calling torch, see :func:`suits_numpy`.
-
-        :return: A function that maps float32 inputs (batch, input_dim) to outputs (batch, output_dim), with the parameters'
-            values at the time of calling it, as long as their memory is not replaced. Only on CPU.
+        :return: This network, see :func:`layers_as_numpy`
         """
-        arrays = [parameter.detach().numpy() for parameter in self._weights_and_biases]
-        weights = [(weight.T, bias) for weight, bias in zip(arrays[::2], arrays[1::2], strict=True)]
-        in_place = ACTIVATIONS[self.activation_fn].numpy_in_place
-
-        def forward(inputs: np.ndarray) -> np.ndarray:
-            outputs = inputs @ weights[0][0]
-            outputs += weights[0][1]
-            for weight, bias in weights[1:]:
-                outputs = in_place(outputs) @ weight
-                outputs += bias
-            return outputs
-
-        return forward
+        return layers_as_numpy(self._weights_and_biases, self.activation_fn)
 
 
 def has_hooks(*modules: nn.Module) -> bool:
@@ -340,6 +325,30 @@ def last_of_blocks(activations: Callable[[th.Tensor], Sequence[th.Tensor]], inpu
     if len(inputs) <= _BLOCK_ROWS:
         return activations(inputs)[-1]
     return th.cat([activations(block)[-1] for (block,) in _blocks(_BLOCK_ROWS, inputs)])
+
+
+def layers_as_numpy(parameters: Sequence[th.Tensor], activation_fn: type[nn.Module]) -> Callable[[np.ndarray], np.ndarray]:
+    """
+    For a handful of rows, where calling numpy costs less than calling torch, see :func:`suits_numpy`.
+
+    :param parameters: Weight and bias of each layer, on CPU
+    :param activation_fn: Between the layers
+    :return: A function that maps float32 inputs (batch, input_dim) to outputs (batch, output_dim), with the parameters'
+        values at the time of calling it, as long as their memory is not replaced
+    """
+    arrays = [parameter.detach().numpy() for parameter in parameters]
+    weights = [(weight.T, bias) for weight, bias in zip(arrays[::2], arrays[1::2], strict=True)]
+    in_place = ACTIVATIONS[activation_fn].numpy_in_place
+
+    def forward(inputs: np.ndarray) -> np.ndarray:
+        outputs = inputs @ weights[0][0]
+        outputs += weights[0][1]
+        for weight, bias in weights[1:]:
+            outputs = in_place(outputs) @ weight
+            outputs += bias
+        return outputs
+
+    return forward
 
 
 def forward_layers(inputs: th.Tensor, parameters: Sequence[th.Tensor], activation_fn: type[nn.Module]) -> list[th.Tensor]:

@@ -45,6 +45,12 @@ class QNetwork(PreprocessingMixin, dqn.QNetwork):
             and cast(MLP, self.q_net).is_plain
         )
 
+    def acting_layers(self) -> list[th.Tensor]:
+        """
+        :return: Weight and bias of each layer of the perceptron behind the features whose largest output is the best action's
+        """
+        return cast(MLP, self.q_net).weights_and_biases()
+
     def forward(self, obs: PyTorchObs) -> th.Tensor:
         """
         :param obs: Batch of observations

@@ -11,7 +11,7 @@ from stable_baselines3.common.type_aliases import Schedule
 from stable_baselines3.dqn.policies import DQNPolicy
 
 from sb3_ext.common.flat_parameters import FlatParameters, FlatParametersMixin
-from sb3_ext.common.mlp import MLP, suits_numpy
+from sb3_ext.common.mlp import MLP, layers_as_numpy, suits_numpy
 from sb3_ext.common.q_network import QNetwork
 
 
@@ -50,9 +50,9 @@ class DDQNPolicy(FlatParametersMixin, DQNPolicy):
         if not self._acts_in_numpy(observation):
             return super().predict(observation, state, episode_start, deterministic)
         self.set_training_mode(False)
-        forward = cast(MLP, self.q_net.q_net).as_numpy()
-        q_values = forward(observation.astype(np.float32, copy=False).reshape(len(observation), -1))
-        return q_values.argmax(axis=1) + self.action_space.start, state
+        forward = layers_as_numpy(self.q_net.acting_layers(), cast(MLP, self.q_net.q_net).activation_fn)
+        scores = forward(observation.astype(np.float32, copy=False).reshape(len(observation), -1))
+        return scores.argmax(axis=1) + self.action_space.start, state
 
     def _acts_in_numpy(self, observation: np.ndarray | dict[str, np.ndarray]) -> TypeGuard[np.ndarray]:
         return (

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch as th
 from gymnasium import spaces
 from stable_baselines3.common.torch_layers import CombinedExtractor, FlattenExtractor, NatureCNN
-from stable_baselines3.common.type_aliases import Schedule
+from stable_baselines3.common.type_aliases import PyTorchObs, Schedule
 from torch import nn
 
 from sb3_ext.algos.ddqn.policies import DDQNPolicy
@@ -100,23 +99,13 @@ class DuelingMLP(nn.Module):
         weight = th.cat([of_value, advantages.weight - advantages.weight.mean(dim=0)], dim=1)
         return weight, advantages.bias + (value.bias - advantages.bias.mean())
 
-    def as_numpy(self) -> Callable[[np.ndarray], np.ndarray]:
+    def advantage_layers(self) -> list[th.Tensor]:
         """
-        :return: As of :class:`sb3_ext.common.mlp.MLP`
+        :return: Weight and bias of each layer of the perceptron from the features to the advantages, in turns
         """
-        trunk, in_place = self.trunk.as_numpy(), ACTIVATIONS[self.activation_fn].numpy_in_place
-        value_weight, value_bias, advantage_weight, advantage_bias = (
-            parameter.detach().numpy() for parameter in self._weights_and_biases[-4:]
-        )
-        n_value_units = value_weight.shape[1]
-
-        def forward(inputs: np.ndarray) -> np.ndarray:
-            hidden = in_place(trunk(inputs))
-            advantages = hidden[:, n_value_units:] @ advantage_weight.T + advantage_bias
-            values = hidden[:, :n_value_units] @ value_weight.T + value_bias
-            return values + (advantages - advantages.mean(axis=1, keepdims=True))
-
-        return forward
+        *shared, weight, bias = self.trunk.weights_and_biases()
+        of_advantages = slice(self.value_net.in_features, None)
+        return [*shared, weight[of_advantages], bias[of_advantages], *self._weights_and_biases[-2:]]
 
     def gradients(self, activations: Sequence[th.Tensor], grad_output: th.Tensor, out: Sequence[th.Tensor]) -> None:
         """
@@ -195,6 +184,18 @@ class DuelingQNetwork(QNetwork):
         # In the place of SB3's single stream
         n_actions = int(self.action_space.n)
         self.q_net: Any = DuelingMLP(self.features_dim, n_actions, net_arch, activation_fn, shared_gradient_scale)
+
+    def acting_layers(self) -> list[th.Tensor]:
+        # The value of a state is the same for all actions
+        return self.q_net.advantage_layers()
+
+    def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
+        if type(self).forward is not QNetwork.forward or not self.q_net.is_plain or is_recorded():
+            return super()._predict(observation, deterministic)
+        features = self.features_extractor(self.preprocess(observation))
+        layers, activation_fn = self.acting_layers(), self.q_net.activation_fn
+        advantages = last_of_blocks(lambda block: forward_layers(block, layers, activation_fn), features)
+        return advantages.argmax(dim=1) + int(self.action_space.start)
 
 
 class DuelingDDQNPolicy(DDQNPolicy):

@@ -15,6 +15,7 @@ def each_path(request, monkeypatch):
     monkeypatch.setattr(module, "_onednn_linear", operator if request.param else None)
     monkeypatch.setattr(module, "_MIN_PRODUCT", 0)
     monkeypatch.setattr(module, "_MIN_WEIGHT_PRODUCT", 0)
+    monkeypatch.setattr(module, "_MIN_WEIGHT_ROWS", 0)
     monkeypatch.setattr(module, "_MIN_INPUT_PRODUCT", 0)
 
 

@@ -38,6 +38,9 @@ _is_amd = "AuthenticAMD" in _processor()
 _MIN_WEIGHT_PRODUCT = 2**23 if _is_amd else math.inf
 _MIN_INPUT_PRODUCT = _MIN_PRODUCT if _is_amd else math.inf
 
+# Gradients of weights from batches smaller than this are more memory to write than multiplications, and MKL writes them once
+_MIN_WEIGHT_ROWS = 64
+
 # Networks are computed in numpy up to so many multiplications. OpenBLAS divides larger products among threads, and these wait
 # long for each other on a busy machine.
 _MAX_NUMPY_PRODUCT = 2**18
@@ -294,7 +297,8 @@ def _weight_gradient(grad: th.Tensor, inputs: th.Tensor, out: th.Tensor | None) 
     :param out: Where to write the result, if given
     :return: ``grad.T @ inputs``, (m, k)
     """
-    if _onednn_linear is None or grad.numel() * inputs.shape[1] < _MIN_WEIGHT_PRODUCT:
+    is_small = len(grad) < _MIN_WEIGHT_ROWS or grad.numel() * inputs.shape[1] < _MIN_WEIGHT_PRODUCT
+    if _onednn_linear is None or is_small:
         return th.mm(grad.t(), inputs, out=out)
     product = _multiply(grad.t(), inputs.t())
     return product if out is None else out.copy_(product)

@@ -18,6 +18,7 @@ from sb3_ext.common.mlp import (
     ACTIVATIONS,
     backward_layers,
     forward_layers,
+    has_hooks,
     is_recorded,
     last_of_blocks,
     mlp,
@@ -190,11 +191,13 @@ class DuelingQNetwork(QNetwork):
         return self.q_net.advantage_layers()
 
     def _predict(self, observation: PyTorchObs, deterministic: bool = True) -> th.Tensor:
-        if type(self).forward is not QNetwork.forward or not self.q_net.is_plain or is_recorded():
+        is_ours = type(self).forward is QNetwork.forward and not has_hooks(self, self.q_net)
+        if not (is_ours and self.q_net.is_plain) or is_recorded():
             return super()._predict(observation, deterministic)
-        features = self.features_extractor(self.preprocess(observation))
         layers, activation_fn = self.acting_layers(), self.q_net.activation_fn
-        advantages = last_of_blocks(lambda block: forward_layers(block, layers, activation_fn), features)
+        with without_gradients():
+            features = self.features_extractor(self.preprocess(observation))
+            advantages = last_of_blocks(lambda block: forward_layers(block, layers, activation_fn), features)
         return advantages.argmax(dim=1) + int(self.action_space.start)
 
 

@@ -86,9 +86,9 @@ class MLP(nn.Sequential):
         :param inputs: (batch, input_dim)
         :return: (batch, output_dim)
         """
-        suits = inputs.device.type == "cpu" and inputs.dtype == th.float32 and inputs.dim() == 2
+        suits = inputs.device.type == "cpu" and inputs.dtype in (th.float32, th.bfloat16) and inputs.dim() == 2
         if not (self.is_plain and suits) or is_recorded():
-            return super().forward(inputs)
+            return super().forward(in_type_of(self._weights[0], inputs) if self._weights else inputs)
         if th.is_grad_enabled():
             return _MLPFunction.apply(self.activation_fn, inputs, *self.weights_and_biases())
         return last_of_blocks(self.activations, inputs)
@@ -237,8 +237,8 @@ class Activation(NamedTuple):
 
 
 def _tanh_(tensor: th.Tensor) -> th.Tensor:
-    # On CPU, numpy's is the faster one
-    if not tensor.is_cpu:
+    # On CPU, numpy's is the faster one, but it has no bfloat16
+    if not tensor.is_cpu or tensor.dtype == th.bfloat16:
         return tensor.tanh_()
     array = tensor.numpy()
     np.tanh(array, out=array)
@@ -298,6 +298,8 @@ def _weight_gradient(grad: th.Tensor, inputs: th.Tensor, out: th.Tensor | None) 
     :return: ``grad.T @ inputs``, (m, k)
     """
     is_small = len(grad) < _MIN_WEIGHT_ROWS or grad.numel() * inputs.shape[1] < _MIN_WEIGHT_PRODUCT
+    if out is not None and out.dtype != grad.dtype:
+        return out.copy_(_weight_gradient(grad, inputs, None))
     if _onednn_linear is None or is_small:
         return th.mm(grad.t(), inputs, out=out)
     product = _multiply(grad.t(), inputs.t())
@@ -355,17 +357,32 @@ def layers_as_numpy(parameters: Sequence[th.Tensor], activation_fn: type[nn.Modu
     return forward
 
 
+def in_type_of(other: th.Tensor, tensor: th.Tensor) -> th.Tensor:
+    """
+    :param other: Any
+    :param tensor: Any
+    :return: ``tensor`` as numbers of the other's type
+    """
+    # Asking first costs a third of calling ``to`` in vain
+    return tensor if tensor.dtype == other.dtype else tensor.to(other.dtype)
+
+
 def forward_layers(inputs: th.Tensor, parameters: Sequence[th.Tensor], activation_fn: type[nn.Module]) -> list[th.Tensor]:
     """
     :param inputs: (batch, input_dim)
     :param parameters: Weight and bias of each layer
     :param activation_fn: Between the layers
-    :return: The inputs and the output of each layer, after its activation function
+    :return: The inputs and the output of each layer, after its activation function. Hidden layers are computed in the type
+        of the inputs, the last one in that of the parameters.
     """
     activations = [inputs]
-    for index in range(0, len(parameters), 2):
-        hidden_fn = activation_fn if index < len(parameters) - 2 else None
-        activations.append(_multiply(activations[-1], parameters[index], parameters[index + 1], hidden_fn))
+    for index in range(0, len(parameters) - 2, 2):
+        hidden = activations[-1]
+        weight, bias = in_type_of(hidden, parameters[index]), in_type_of(hidden, parameters[index + 1])
+        activations.append(_multiply(hidden, weight, bias, activation_fn))
+    if parameters:
+        weight, bias = parameters[-2:]
+        activations.append(_multiply(in_type_of(weight, activations[-1]), weight, bias))
     return activations
 
 
@@ -390,13 +407,14 @@ def backward_layers(
     grad = grad_output
     grads: list[th.Tensor | None] = [None] * len(wanted)
     for layer in reversed(range(len(weights))):
+        weight_out, bias_out = (None, None) if out is None else out[2 * layer : 2 * layer + 2]
         if wanted[1 + 2 * layer]:
-            grads[1 + 2 * layer] = _weight_gradient(grad, activations[layer], None if out is None else out[2 * layer])
+            grads[1 + 2 * layer] = _weight_gradient(grad, in_type_of(grad, activations[layer]), weight_out)
         if wanted[2 + 2 * layer]:
-            grads[2 + 2 * layer] = th.sum(grad, 0, out=None if out is None else out[2 * layer + 1])
+            grads[2 + 2 * layer] = th.sum(grad, 0, dtype=None if bias_out is None else bias_out.dtype, out=bias_out)
         if not any(wanted[: 1 + 2 * layer]):
             return grads
-        grad = _input_gradient(grad, weights[layer])
+        grad = in_type_of(activations[layer], _input_gradient(grad, in_type_of(grad, weights[layer])))
         if layer > 0:
             grad = derivative(grad, activations[layer])
     grads[0] = grad

@@ -19,6 +19,7 @@ from sb3_ext.common.mlp import (
     backward_layers,
     forward_layers,
     has_hooks,
+    in_type_of,
     is_recorded,
     last_of_blocks,
     mlp,
@@ -69,7 +70,7 @@ class DuelingMLP(nn.Module):
         if self.is_plain and not th.is_grad_enabled() and not is_recorded():
             return last_of_blocks(self.activations, features)
         *shared, streams = self.trunk
-        hidden = nn.Sequential(*shared)(features)
+        hidden = nn.Sequential(*shared)(in_type_of(self.value_net.weight, features))
         # The same values, whose gradient is scaled
         hidden = th.lerp(hidden.detach(), hidden, self.shared_gradient_scale)
         hidden = self.activation_fn()(streams(hidden))
@@ -89,9 +90,9 @@ class DuelingMLP(nn.Module):
         :return: The features, the output of each hidden layer, and the values of all actions; without a graph
         """
         with without_gradients():
-            self._last_layer = self._folded()
-            parameters = [*self.trunk.weights_and_biases(), *self._last_layer]
-            return forward_layers(features, parameters, self.activation_fn)
+            trunk = [in_type_of(features, parameter) for parameter in self.trunk.weights_and_biases()]
+            self._layers = [*trunk, *self._folded()]
+            return forward_layers(features, self._layers, self.activation_fn)
 
     def _folded(self) -> tuple[th.Tensor, th.Tensor]:
         """:return: weight (n_actions, units of both streams) and bias (n_actions,) of the layer that both streams end in"""
@@ -129,11 +130,11 @@ class DuelingMLP(nn.Module):
         self, activations: Sequence[th.Tensor], grad_output: th.Tensor, out: Sequence[th.Tensor], of_inputs: bool
     ) -> th.Tensor | None:
         trunk_out = list(out[:-4])
-        *shared, streams = self.trunk.weights_and_biases()[::2]
+        # Those of the activations: the parameters have not changed since
+        *shared, streams, last = self._layers[::2]
         n_shared, fn = len(shared), self.activation_fn
         with without_gradients():
-            # That of the activations: the parameters have not changed since
-            weights = [streams, self._last_layer[0]]
+            weights = [streams, last]
             wanted = [of_inputs or n_shared > 0, True, True, True, True]
             streams_out = [*trunk_out[2 * n_shared :], None, None]
             grad, _, _, weight, bias = backward_layers(activations[n_shared:-1], weights, grad_output, fn, wanted, streams_out)

@@ -26,14 +26,12 @@ class ConvFeatures(NatureCNN):
 
     :param observation_space: Image observation space, channel-first
     :param normalized_image: See ``NatureCNN``
-    :param mixed_precision: Whether the convolutions and the hidden layers behind them are computed in bfloat16, which has eight
+    :param mixed_precision: Whether the convolutions and the hidden layers behind them are computed in bfloat16, with eight
         significant bits. Parameters, their updates and the last layer stay as they are. On processors that multiply in
         bfloat16 (AVX512-BF16 or AMX) this is faster, on others slower.
     """
 
-    def __init__(
-        self, observation_space: spaces.Box, normalized_image: bool = False, mixed_precision: bool = False
-    ) -> None:
+    def __init__(self, observation_space: spaces.Box, normalized_image: bool = False, mixed_precision: bool = False) -> None:
         super().__init__(observation_space, features_dim=1, normalized_image=normalized_image)
         self._features_dim = cast(nn.Linear, self.linear[0]).in_features
         del self.linear

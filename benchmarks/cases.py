@@ -264,6 +264,8 @@ def sac_ae(case: Case) -> list[Product]:
 # The paper's settings for Atari, as in hyperparams/bcq.yml
 _ATARI = {"tau": 1.0, "target_update_interval": 8000}
 
+_MIXED = {"policy_kwargs": {"features_extractor_kwargs": {"mixed_precision": True}}}
+
 CASES = [
     Case("bcq-continuous-b100", "bcq", (17,), 6, False, 100, bcq_continuous),
     Case("bcq-continuous-b256", "bcq", (17,), 6, False, 256, bcq_continuous),
@@ -283,12 +285,20 @@ CASES = [
         ours={"policy_kwargs": {"net_arch": [512]}}, n_transitions=2_000, learning_rate=1e-4, off_policy=True,
     ),
     Case(
+        "dueling-ddqn-pixels-mixed-b32", "dueling_ddqn", (4, 84, 84), 6, True, 32, dueling_ddqn, ("sb3",),
+        ours=_MIXED, n_transitions=2_000, learning_rate=1e-4, off_policy=True,
+    ),
+    Case(
         "sac-discrete-b256", "sac_discrete", (8,), 4, True, 256, sac_discrete, ("tianshou", "d3rlpy", "torchrl"),
         learning_rate=3e-4, off_policy=True,
     ),
     Case(
         "sac-discrete-pixels-b64", "sac_discrete", (4, 84, 84), 6, True, 64, sac_discrete, ("tianshou", "d3rlpy"),
         n_transitions=2_000, learning_rate=3e-4, off_policy=True,
+    ),
+    Case(
+        "sac-discrete-pixels-mixed-b64", "sac_discrete", (4, 84, 84), 6, True, 64, sac_discrete, ("tianshou", "d3rlpy"),
+        ours=_MIXED, n_transitions=2_000, learning_rate=3e-4, off_policy=True,
     ),
     Case(
         "sac-ae-b128", "sac_ae", (9, 84, 84), 6, False, 128, sac_ae, (),

@@ -35,12 +35,13 @@ class ConvFeatures(NatureCNN):
         super().__init__(observation_space, features_dim=1, normalized_image=normalized_image)
         self._features_dim = cast(nn.Linear, self.linear[0]).in_features
         del self.linear
-        self.mixed_precision = mixed_precision
+        #: In which images are multiplied
+        self.dtype = th.bfloat16 if mixed_precision else th.float32
 
     def forward(self, observations: th.Tensor) -> th.Tensor:
-        if not self.mixed_precision:
+        if self.dtype == th.float32:
             return self._convolve(observations)
-        with th.autocast(observations.device.type, th.bfloat16):
+        with th.autocast(observations.device.type, self.dtype):
             return self._convolve(observations)
 
     def _convolve(self, observations: th.Tensor) -> th.Tensor:
@@ -85,12 +86,13 @@ def channels_last(images: th.Tensor) -> th.Tensor:
     return th.from_numpy(np.stack(list(images.numpy().swapaxes(0, 1)), axis=-1)).permute(0, 3, 1, 2)
 
 
-def normalized(images: th.Tensor) -> th.Tensor:
+def normalized(images: th.Tensor, dtype: th.dtype = th.float32) -> th.Tensor:
     """
     :param images: Of values from 0 to 255
+    :param dtype: Of the result
     :return: In [0, 1]; what SB3's ``preprocess_obs`` returns, which takes the memory twice
     """
-    return images.to(th.float32, copy=True).div_(255.0)
+    return images.to(dtype, copy=True).div_(255.0)
 
 
 class PreprocessingMixin(BaseModel):
@@ -109,7 +111,7 @@ class PreprocessingMixin(BaseModel):
         if isinstance(self.features_extractor, NatureCNN) and isinstance(obs, th.Tensor):
             obs = channels_last(obs)
             if self.normalize_images and is_image_space(self.observation_space):
-                return normalized(obs)
+                return normalized(obs, getattr(self.features_extractor, "dtype", th.float32))
         return preprocess_obs(obs, self.observation_space, normalize_images=self.normalize_images)
 
     def preprocess_batch(self, replay_data: Batch) -> Batch:

@@ -275,6 +275,10 @@ CASES = [
         "bcq-pixels-b32", "bcq", (4, 84, 84), 6, True, 32, bcq_discrete,
         ours=_ATARI, n_transitions=2_000, learning_rate=6.25e-5,
     ),
+    Case(
+        "bcq-pixels-mixed-b32", "bcq", (4, 84, 84), 6, True, 32, bcq_discrete,
+        ours={**_ATARI, **_MIXED}, n_transitions=2_000, learning_rate=6.25e-5,
+    ),
     Case("dueling-ddqn-b64", "dueling_ddqn", (4,), 2, True, 64, dueling_ddqn, ("sb3", "tianshou"), off_policy=True),
     Case(
         "dueling-ddqn-pixels-b32", "dueling_ddqn", (4, 84, 84), 6, True, 32, dueling_ddqn, ("sb3",),

@@ -124,3 +124,16 @@ def test_numpy_is_for_few_multiplications():
     assert suits_numpy(1, weights) and suits_numpy(2, weights)
     assert not suits_numpy(0, weights) and not suits_numpy(3, weights)
     assert not suits_numpy(1, [weight.to("meta") for weight in weights])
+
+
+@pytest.mark.parametrize("activation_fn", [nn.ReLU, nn.Tanh, nn.SiLU])
+def test_inputs_in_bfloat16(activation_fn):
+    th.manual_seed(0)
+    net, inputs = mlp(3, 2, [16, 5], activation_fn), th.randn(9, 3).bfloat16().requires_grad_()
+    plain, inputs64 = reference(net), inputs.detach().double().requires_grad_()
+    outputs, expected = net(inputs), plain(inputs64)
+    gradients = th.autograd.grad(outputs.sum(), [inputs, *net.parameters()])
+    expected_gradients = th.autograd.grad(expected.sum(), [inputs64, *plain.parameters()])
+    assert [gradient.dtype for gradient in gradients] == [th.bfloat16, *6 * [th.float32]]
+    for result, exact in zip([outputs, *gradients], [expected, *expected_gradients], strict=True):
+        assert (result - exact).norm() < 0.02 * exact.norm()

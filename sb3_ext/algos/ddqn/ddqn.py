@@ -16,7 +16,6 @@ from sb3_ext.common.arguments import check_range
 from sb3_ext.common.denormals import without_denormals
 from sb3_ext.common.frame_replay_buffer import FrameReplayBuffer
 from sb3_ext.common.losses import huber_loss
-from sb3_ext.common.malloc import keep_freed_memory
 from sb3_ext.common.progress import ProgressMixin
 from sb3_ext.common.q_network import QNetwork
 from sb3_ext.common.replay_buffer import FastReplayBuffer, chosen_replay_buffer, split_batch
@@ -164,8 +163,6 @@ class DDQN(ProgressMixin, RewardNormalizationMixin, DQN):
         :param gradient_steps: Number of updates
         :param batch_size: Transitions in one update
         """
-        if self.device.type == "cpu":
-            keep_freed_memory()
         self.policy.set_training_mode(True)
         self.policy.rebind()
         self._update_learning_rate(self.policy.optimizer)

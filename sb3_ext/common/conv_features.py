@@ -35,7 +35,7 @@ class ConvFeatures(NatureCNN):
         super().__init__(observation_space, features_dim=1, normalized_image=normalized_image)
         self._features_dim = cast(nn.Linear, self.linear[0]).in_features
         del self.linear
-        #: In which images are multiplied
+        #: Of the images that are convolved, and of the features
         self.dtype = th.bfloat16 if mixed_precision else th.float32
 
     def forward(self, observations: th.Tensor) -> th.Tensor:

@@ -42,7 +42,7 @@ class StripesEnv(gym.Env):
 
 
 def networks(algo, activation_fn):
-    """A network of the algorithm with its parameters as a ``FlatParameters``, and the same network in float64."""
+    """A network of the algorithm that has ``heads``, in mixed precision, and the same network in float64."""
     policy_class = (algo.discrete_policy_aliases if algo is BCQ else algo.policy_aliases)["CnnPolicy"]
     th.manual_seed(0)
     policy = policy_class(

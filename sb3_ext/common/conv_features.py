@@ -28,7 +28,7 @@ class ConvFeatures(NatureCNN):
     :param normalized_image: See ``NatureCNN``
     :param mixed_precision: Whether the convolutions and the hidden layers behind them are computed in bfloat16, with eight
         significant bits. Parameters, their updates and the last layer stay as they are. On processors that multiply in
-        bfloat16 (AVX512-BF16 or AMX) this is faster, on others, which emulate it, slower.
+        bfloat16 (AVX512-BF16 or AMX) this is faster; others emulate it, which can be slower.
     """
 
     def __init__(self, observation_space: spaces.Box, normalized_image: bool = False, mixed_precision: bool = False) -> None:

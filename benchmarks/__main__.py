@@ -57,6 +57,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     verb.add_argument("--rounds", type=int, default=7)
     verb.add_argument("--seconds", type=float, default=1.0, help="of one measurement")
 
+    verb = verbs.add_parser("precision", help="what mixed precision changes in choices, gradients and fits, on Pong")
+    verb.add_argument("--training", type=int, default=100_000, help="steps of the agent, in single precision")
+    verb.add_argument("--transitions", type=int, default=12_000, help="that it collects afterwards")
+    verb.add_argument("--updates", type=int, default=3000, help="of each network that is fitted")
+    verb.add_argument("--seeds", type=int, default=3, help="of networks and batches")
+
     verb = verbs.add_parser("gpu", help="updates of SAC-AE on a GPU, with and without a CUDA graph; does nothing without one")
     verb.add_argument("--rounds", type=int, default=7)
     verb.add_argument("--updates", type=int, default=200, help="of one measurement")
@@ -142,6 +148,14 @@ def frames(args: argparse.Namespace) -> None:
     from benchmarks.frames import measure, summary
 
     row = measure(args.transitions, args.sampled_from, args.rounds, args.seconds)
+    results.append(results.path_of("q_learning"), row)
+    print(summary(row))
+
+
+def precision(args: argparse.Namespace) -> None:
+    from benchmarks.precision import measure, summary
+
+    row = measure(args.training, args.transitions, args.updates, args.seeds)
     results.append(results.path_of("q_learning"), row)
     print(summary(row))
 

@@ -395,6 +395,38 @@ def frames_section(rows: list[Row]) -> str:
     )
 
 
+def precision_section(rows: list[Row]) -> str:
+    """:return: tables of the latest measurement of what mixed precision changes"""
+    row = rows[-1]
+    choices = row["choices"]
+    parts = [
+        [part, *(f"{one[key]:.4f}" for key in ("mean", "noise", "error", "bias"))] for part, one in row["gradients"].items()
+    ]
+    fits = [
+        [name, *(" ".join(f"{error:.3f}" for error in errors) for errors in zip(*of_seeds, strict=True))]
+        for name, of_seeds in row["fit_errors"].items()
+    ]
+    n_points = len(fits[0]) - 1
+    updates = [f"{row['updates'] * point // (n_points - 1):,} updates" for point in range(n_points)]
+    return "\n\n".join(
+        [
+            "### Mixed precision",
+            f"An agent of Dueling DDQN after {row['trained_steps']:,} steps of {row['env']} (44 x 44) in single precision. In "
+            f"{choices['agreement']:.1%} of its states the same network chooses the same action in mixed precision. By the "
+            f"values in single precision, these choices lose {choices['loss']:.1e} on average, random ones "
+            f"{choices['advantage']:.2f}.",
+            "Gradients of batches of 32, by part of the network: norm of their mean in single precision; root mean square "
+            "distances of each from that mean (noise), and of those in mixed precision from those in single (error); norm of "
+            "the mean of that difference (bias):",
+            table(["", "mean", "noise", "error", "bias"], parts),
+            f"Networks that learn the targets of that agent, which stay as they are, on {row['transitions']:,} transitions: "
+            "mean squared errors over the variance of the targets, of each seed. Both precisions have the same batches.",
+            table(["precision", *updates], fits),
+            provenance([row], "command"),
+        ]
+    )
+
+
 def gpu_section(rows: list[Row]) -> str:
     """:return: table of the latest measurement on each GPU"""
     ways = {"graph": "CUDA graph", "searched": "fastest convolutions", "tf32": "TF32 products, too"}
@@ -437,6 +469,7 @@ def write(path: Path, folder: Path) -> Path:
         "on-policy speed": on_policy_section,
         "memory": memory_section,
         "frames": frames_section,
+        "precision": precision_section,
         "gpu": gpu_section,
     }
     if ("four rooms",) in rows:

@@ -21,10 +21,12 @@ import torch as th
 import yaml
 from gymnasium import spaces
 from stable_baselines3.common.env_util import make_vec_env
+from stable_baselines3.common.envs import FakeImageEnv
 from stable_baselines3.common.evaluation import evaluate_policy
+from stable_baselines3.common.vec_env import VecFrameStack
 
 from benchmarks import __main__ as commands
-from benchmarks import cases, data, four_rooms, frames, gpu, results
+from benchmarks import cases, data, four_rooms, frames, gpu, precision, results
 from benchmarks.on_policy import StableBaselines
 from benchmarks.online import learning_rate
 from benchmarks.options import use_of_options
@@ -401,6 +403,36 @@ def test_frame_memory_is_measured():
     assert 0.5 < row["resident_bytes"] / row["array_bytes"] < 2
     assert row["array_bytes_of_a_million"] < 7.5e9 < 56e9 < row["sb3_bytes_of_a_million"]
     assert f"{row['array_bytes_of_a_million'] / 1e9:.2f} GB" in frames_section([{**row, "command": "c"}])
+
+
+def stacked_images() -> VecFrameStack:
+    images = {"screen_height": 40, "screen_width": 40, "n_channels": 1, "discrete": True}
+    return VecFrameStack(make_vec_env(FakeImageEnv, env_kwargs=images, seed=0), 4)
+
+
+def test_what_mixed_precision_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    env = stacked_images()
+    monkeypatch.setattr(precision, "pong", lambda seed: env)
+    row = precision.measure(n_training=60, n_transitions=60, n_updates=20, n_seeds=2)
+    assert 0.9 < row["choices"]["agreement"] <= 1.0 and 0.0 <= row["choices"]["loss"] < 0.1 * row["choices"]["advantage"]
+    for part in row["gradients"].values():
+        assert 0.0 < part["bias"] < part["error"] < 0.5 * part["noise"]
+    for of_seeds in row["fit_errors"].values():
+        assert all(errors[-1] < errors[0] for errors in of_seeds)
+    results.append(tmp_path / "page.jsonl", {**row, "command": "python -m benchmarks precision"})
+    page = write(tmp_path / "page.jsonl", tmp_path / "docs").read_text()
+    assert "| precision | 0 updates | 4 updates | 8 updates | 12 updates | 16 updates | 20 updates |\n" in page
+    assert "\n| last layers | " in page and "\n| mixed | " in page
+
+
+def test_mixed_precision_is_compared_with_itself():
+    env = stacked_images()
+    model = precision.agent(env, False, seed=0, learning_starts=0, gradient_steps=0, buffer_size=40).learn(40)
+    batch = model.replay_buffer.sample(8)
+    chosen = precision.choices(model, model, batch)
+    assert chosen["agreement"] == 1.0 and chosen["loss"] == 0.0 < chosen["advantage"]
+    for part in precision.gradients(model, model, [batch, model.replay_buffer.sample(8)]).values():
+        assert part["error"] == part["bias"] == 0.0 < part["noise"]
 
 
 def test_four_rooms_agents_play_as_many_episodes_as_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -153,6 +153,7 @@ def measure(n_training: int, n_transitions: int, n_updates: int, n_seeds: int) -
     """
     th.set_num_threads(1)
     env = pong(seed=0)
+    # Random actions become fewer as fast as in the two-hours run
     fraction = min(1.0, 21_000 / n_training)
     trained = agent(env, False, seed=0, buffer_size=n_training, exploration_fraction=fraction).learn(n_training)
     acting = {

@@ -120,6 +120,11 @@ def gradients(single: DuelingDDQN, mixed: DuelingDDQN, batches: list[ReplayBuffe
     return parts
 
 
+def fit_interval(n_updates: int) -> int:
+    """:return: updates between two evaluations of a network that is fitted"""
+    return max(1, n_updates // 5)
+
+
 def fit(model: DuelingDDQN, source: DuelingDDQN, n_updates: int, seed: int) -> list[float]:
     """
     :param model: Untrained
@@ -134,9 +139,11 @@ def fit(model: DuelingDDQN, source: DuelingDDQN, n_updates: int, seed: int) -> l
     expected = targets(source, test)
     np.random.seed(seed)
     for update in range(n_updates + 1):
-        if update % max(1, n_updates // 5) == 0:
+        if update % fit_interval(n_updates) == 0:
             error = q_values(model, test.observations).gather(1, test.actions.long()) - expected
             errors.append((error.square().mean() / expected.var()).item())
+        if update == n_updates:
+            break
         batch = buffer.sample(BATCH)
         set_gradient(model, batch, targets(source, batch))
         model.policy.flat.step(model.policy.optimizer, model.max_grad_norm)

@@ -397,6 +397,8 @@ def frames_section(rows: list[Row]) -> str:
 
 def precision_section(rows: list[Row]) -> str:
     """:return: tables of the latest measurement of what mixed precision changes"""
+    from benchmarks.precision import fit_interval
+
     row = rows[-1]
     choices = row["choices"]
     parts = [
@@ -406,8 +408,7 @@ def precision_section(rows: list[Row]) -> str:
         [name, *(" ".join(f"{error:.3f}" for error in errors) for errors in zip(*of_seeds, strict=True))]
         for name, of_seeds in row["fit_errors"].items()
     ]
-    n_points = len(fits[0]) - 1
-    updates = [f"{row['updates'] * point // (n_points - 1):,} updates" for point in range(n_points)]
+    updates = [f"{point * fit_interval(row['updates']):,} updates" for point in range(len(fits[0]) - 1)]
     return "\n\n".join(
         [
             "### Mixed precision",
